@@ -1,0 +1,1 @@
+"""Kubeflow Pipelines components: one file a stage."""

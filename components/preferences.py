@@ -1,0 +1,13 @@
+"""Kubeflow component of the preferences stage."""
+
+from kfp import dsl
+
+from components.component import component
+
+
+@component
+def preferences(config: str, cases: str, rankings: str, metrics: dsl.Output[dsl.Metrics]) -> str:
+    """Turn rankings into preference pairs."""
+    from components.component import run_component
+
+    return run_component("preferences", config, {"cases": cases, "rankings": rankings}, metrics)

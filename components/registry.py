@@ -1,0 +1,13 @@
+"""Kubeflow component of the registry stage."""
+
+from kfp import dsl
+
+from components.component import component
+
+
+@component
+def registry(config: str, student: str, report: str, metrics: dsl.Output[dsl.Metrics]) -> str:
+    """Publish a student with its card and report as a model version."""
+    from components.component import run_component
+
+    return run_component("registry", config, {"student": student, "report": report}, metrics)

@@ -1,0 +1,1 @@
+"""Ways to align a student on preference pairs: one file a method."""

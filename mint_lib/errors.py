@@ -1,0 +1,80 @@
+"""Errors a user can cause or meet, with a message that says what is wrong, what is allowed and what to do.
+
+    MintError
+    ├── InvalidInput (ValueError)      a recipe, a row, an image or a reference that cannot be accepted
+    │   ├── RecipeError                a recipe key or value
+    │   ├── RefusedData                a data set whose rows or splits break a rule; carries counts and case ids
+    │   └── PromptTooLong              a prompt that does not fit the student's window
+    ├── GateFailed                     a declared threshold was not met (teacher floor, promotion gate)
+    ├── StoreError (OSError)           the object store
+    │   ├── NotFound                   no such version, alias or file
+    │   ├── Conflict                   somebody else committed first
+    │   ├── IntegrityError             the bytes read are not the bytes that were committed
+    │   ├── AccessDenied               credentials are missing, wrong or not allowed
+    │   └── StoreUnreachable           no answer within the deadline, or the disk behind it is full
+    └── MissingDependency (ImportError)  a package, a model or a tool that this machine lacks
+
+Every one pickles (Ray and KFP carry errors between processes) and never holds the content of a case.
+"""
+
+
+class MintError(Exception):
+    """Root of the errors that are shown to a user without a traceback."""
+
+
+class InvalidInput(MintError, ValueError):
+    """Something given from outside cannot be accepted."""
+
+
+class RecipeError(InvalidInput):
+    """A recipe key or value is wrong."""
+
+
+class RefusedData(InvalidInput):
+    """Rows or splits break a rule. `counts` maps cause to number of rows, `case_ids` names some of them."""
+
+    def __init__(
+        self, message: str, counts: dict[str, int] | None = None, case_ids: dict[str, list[str]] | None = None
+    ):
+        super().__init__(message, counts or {}, case_ids or {})
+        self.counts = counts or {}
+        self.case_ids = case_ids or {}
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class PromptTooLong(InvalidInput):
+    """A prompt does not fit the student's window."""
+
+
+class GateFailed(MintError):
+    """A declared threshold was not met."""
+
+
+class StoreError(MintError, OSError):
+    """The object store did not do what was asked."""
+
+
+class NotFound(StoreError):
+    """No such version, alias or file."""
+
+
+class Conflict(StoreError):
+    """Somebody else committed first."""
+
+
+class IntegrityError(StoreError):
+    """The bytes read are not the bytes that were committed."""
+
+
+class AccessDenied(StoreError):
+    """Credentials are missing, wrong or not allowed to do this."""
+
+
+class StoreUnreachable(StoreError):
+    """No usable answer from the store within the deadline."""
+
+
+class MissingDependency(MintError, ImportError):
+    """A package, a model or a tool is not on this machine."""

@@ -1,0 +1,1 @@
+"""What an aligned student is measured on: one file a task."""

@@ -1,0 +1,253 @@
+"""The `mint` command.
+
+Every command loads what it needs when it runs, so that `--help` answers at once.
+"""
+
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from mint_lib.recipe import Recipe
+
+app = typer.Typer(
+    help="MINT: move what a multimodal teacher knows into a student that sees one modality only.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+RecipePath = Annotated[pathlib.Path, typer.Argument(help="A recipe, for instance pipelines/recipes/quickstart.yaml")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one value: --set alignment.epochs=2")
+]
+ReferenceText = Annotated[
+    str, typer.Argument(help="kind/name, kind/name@v000001, kind/name@champion or a full reference")
+]
+Who = Annotated[str, typer.Option(help="Who decides; kept in the alias log.")]
+Why = Annotated[str, typer.Option(help="Why; kept in the alias log.")]
+
+
+def main() -> None:
+    """Run the command; errors a user can mend are shown without a traceback, with exit code 2 (input) or 1."""
+    from mint_lib.errors import InvalidInput, MintError
+
+    try:
+        app()
+    except MintError as error:
+        sys.stderr.write(f"mint: {type(error).__name__}: {error}\n")
+        sys.exit(2 if isinstance(error, InvalidInput) else 1)
+
+
+@app.command()
+def run(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Run a recipe's whole flow on this machine and show the result."""
+    from pipelines.local_run import run_recipe
+    from pipelines.result import print_result
+    from pipelines.stores import LOCAL_FOLDER, open_store
+
+    loaded = _load(recipe, overrides)
+    console = _console()
+    with open_store() as store:
+        console.print(f"[bold]{loaded.name}[/bold]: {loaded.description}", highlight=False)
+        console.print(f"store: {store.location}", highlight=False)
+        log_path = LOCAL_FOLDER / "logs" / f"{loaded.name}.log"
+        planned = run_recipe(loaded, store=store, console=console, log_path=log_path)
+        print_result(planned, store=store, console=console, folder=LOCAL_FOLDER / "reports")
+
+
+@app.command()
+def plan(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Show every step of a recipe: config, inputs, what is cached, what would be written. Nothing runs."""
+    from pipelines.planning import plan_steps
+    from pipelines.stores import open_store
+
+    loaded = _load(recipe, overrides)
+    console = _console()
+    with open_store() as store:
+        planned = plan_steps(loaded, store=store)
+    for item in planned:
+        kind_and_name = f"{item.step.stage} -> {item.step.config.name}"  # type: ignore[attr-defined]
+        state = f"cached as {item.reference}" if item.reference else "would run and write a new version"
+        console.print(f"\n[bold]{item.step.id}[/bold]  {kind_and_name}  [green]{state}[/green]", highlight=False)
+        if item.estimate:
+            console.print(f"  estimate: {item.estimate}", highlight=False)
+        for name, source in item.step.inputs.items():
+            console.print(f"  input {name}: {json.dumps(source)}", highlight=False, markup=False)
+        console.print(f"  config: {item.step.config.model_dump_json()}", highlight=False, markup=False, soft_wrap=True)
+    num_cached = sum(item.reference is not None for item in planned)
+    console.print(f"\n{len(planned)} steps, {num_cached} cached, {len(planned) - num_cached} would run.")
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is missing on this machine (or in this pod) and how to mend it."""
+    from rich.table import Table
+
+    from pipelines.doctor import run_checks
+
+    table = Table("check", "status", "found", "to mend", box=None)
+    checks = list(run_checks())
+    for check in checks:
+        table.add_row(check.name, check.status, check.detail, "" if check.status == "ok" else check.mend)
+    _console().print(table)
+    if any(check.status == "missing" for check in checks):
+        raise typer.Exit(1)
+
+
+@app.command(name="ls")
+def list_versions(kind: Annotated[str | None, typer.Argument(help="cases, rankings, preferences, ...")] = None) -> None:
+    """List the versions in the store with their aliases."""
+    from mint_lib.errors import InvalidInput
+    from mint_lib.records import KINDS
+    from pipelines.stores import open_store
+
+    if kind is not None and kind not in KINDS:
+        raise InvalidInput(f"{kind!r} is not a kind. Choose one of: {', '.join(KINDS)}.")
+    console = _console()
+    with open_store() as store:
+        for each_kind in [kind] if kind else KINDS:
+            for name in store.list_names(each_kind):
+                aliases = store.list_aliases(each_kind, name)
+                for reference in store.list_versions(each_kind, name):
+                    marks = " ".join(alias for alias, target in aliases.items() if target == reference)
+                    created = store.created_at(reference)
+                    console.print(f"{reference}  {created}  [green]{marks}[/green]", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def show(reference: ReferenceText) -> None:
+    """Show a version: record, files, aliases and the versions it was made from."""
+    from pipelines.result import print_version
+    from pipelines.stores import open_store
+
+    with open_store() as store:
+        print_version(store.resolve(reference), store=store, console=_console())
+
+
+@app.command()
+def promote(reference: ReferenceText, who: Who, why: Why) -> None:
+    """Make a model the champion. Refused unless its report passed the gate."""
+    from mint_lib.registry import promote_model
+    from pipelines.stores import open_store
+
+    with open_store() as store:
+        promote_model(store, store.resolve(reference), who=who, why=why)
+        _console().print(f"champion is {store.resolve(reference)}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def rollback(
+    name: Annotated[str, typer.Argument(help="The model's name, for instance quickstart")], who: Who, why: Why
+) -> None:
+    """Make the previous champion of a model the champion again."""
+    from mint_lib.registry import rollback_model
+    from pipelines.stores import open_store
+
+    with open_store() as store:
+        _console().print(f"champion is {rollback_model(store, name, who=who, why=why)}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of recipes, for editors."""
+    from mint_lib.recipe import recipe_json_schema
+
+    typer.echo(json.dumps(recipe_json_schema(), indent=2))
+
+
+@app.command(name="compile")
+def compile_pipeline(
+    recipe: RecipePath,
+    output: Annotated[pathlib.Path, typer.Option("--output", "-o", help="Where to write the IR YAML")],
+    overrides: Overrides = None,
+) -> None:
+    """Compile a recipe's pipeline to Kubeflow IR YAML."""
+    from kfp import compiler
+
+    from pipelines.mint import build_pipeline
+
+    compiler.Compiler().compile(build_pipeline(_load(recipe, overrides)), str(output))
+    _console().print(f"wrote {output}")
+
+
+@app.command()
+def gc(
+    older_than_hours: Annotated[float, typer.Option(help="Leave younger ones: their writer may be alive.")] = 24.0,
+    delete: Annotated[bool, typer.Option("--delete", help="Delete them; without it they are only listed.")] = False,
+) -> None:
+    """List or delete what crashed writers left: files of versions that were never committed."""
+    from pipelines.stores import open_store
+
+    with open_store() as store:
+        orphans = store.list_orphans(older_than_seconds=older_than_hours * 3600)
+        if delete:
+            store.collect_orphans(older_than_seconds=older_than_hours * 3600)
+    console = _console()
+    for orphan in orphans:
+        console.print(orphan, highlight=False, soft_wrap=True)
+    console.print(f"{len(orphans)} orphaned objects {'deleted' if delete else 'found; --delete removes them'}.")
+
+
+def _add_stage_command(stage: str, doc: str) -> None:
+    def run_one(
+        recipe: RecipePath,
+        inputs: Annotated[
+            list[str] | None,
+            typer.Option("--input", metavar="NAME=REFERENCE", help="Use this input instead of the recipe's own output"),
+        ] = None,
+        step: Annotated[str | None, typer.Option(help="Which step, where the recipe has several: see mint plan")] = None,
+        overrides: Overrides = None,
+    ) -> None:
+        from pipelines.single_step import run_single_step
+        from pipelines.stores import open_store
+
+        loaded = _load(recipe, overrides)
+        _log_to_stderr()
+        with open_store() as store:
+            reference = run_single_step(loaded, stage, step_id=step, inputs=tuple(inputs or ()), store=store)
+        typer.echo(str(reference))
+
+    run_one.__doc__ = doc
+    command: Callable[..., Any] = app.command(name=stage, rich_help_panel="One stage alone")(run_one)
+    del command
+
+
+for _stage, _doc in {
+    "data": "Read a source, validate, split by patient and write cases.",
+    "teacher": "Fit and qualify a teacher, then rank the labels for every case.",
+    "preferences": "Turn rankings into preference pairs.",
+    "alignment": "Align a student on preference pairs.",
+    "evaluation": "Measure every system on the same test cases and write the report.",
+    "registry": "Publish a student with its card and report as a model version.",
+}.items():
+    _add_stage_command(_stage, _doc)
+
+
+def _load(path: pathlib.Path, overrides: list[str] | None) -> "Recipe":
+    from mint_lib.recipe import load_recipe
+
+    return load_recipe(path, overrides=tuple(overrides or ()))
+
+
+def _console() -> "Console":
+    from rich.console import Console
+
+    # An explicit file: a run redirects sys.stdout to collect what the steps print.
+    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else int(os.environ.get("COLUMNS", "120")))
+
+
+def _log_to_stderr() -> None:
+    import logging
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

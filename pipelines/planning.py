@@ -1,0 +1,63 @@
+"""What a run of a recipe would do, found without doing any of it.
+
+Goes in: a recipe and the store. Comes out: per step what is cached, what would be written, and an estimate.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from mint_lib.flow import Step, list_steps
+from mint_lib.records import Reference
+from mint_lib.recipe import Recipe
+from mint_lib.stages import output_key
+from mint_lib.store import Store
+
+
+class PlannedStep(NamedTuple):
+    """One step and what is known of its output."""
+
+    step: Step
+    reference: Reference | None
+    """The output where it is in the store already; None if the step would run."""
+    estimate: str
+    """What it would make, in words; empty where nothing can be said."""
+
+
+def plan_steps(recipe: Recipe, *, store: Store) -> list[PlannedStep]:
+    """The recipe's steps with their cached outputs. A step whose input is not there yet is not cached either."""
+    known: dict[str, Reference] = {}
+    planned: list[PlannedStep] = []
+    for step in list_steps(recipe):
+        inputs = _resolve_inputs(step, known)
+        reference = store.find_output(output_key(step.stage, step.config, inputs)) if inputs is not None else None
+        if reference is not None:
+            known[step.id] = reference
+        planned.append(PlannedStep(step, reference, _estimate(step, known, store)))
+    return planned
+
+
+def _resolve_inputs(
+    step: Step, known: Mapping[str, Reference]
+) -> dict[str, Reference | Mapping[str, Reference]] | None:
+    inputs: dict[str, Reference | Mapping[str, Reference]] = {}
+    for name, source in step.inputs.items():
+        ids = [source] if isinstance(source, str) else list(source.values())
+        if any(step_id not in known for step_id in ids):
+            return None
+        inputs[name] = known[source] if isinstance(source, str) else {key: known[item] for key, item in source.items()}
+    return inputs
+
+
+def _estimate(step: Step, known: Mapping[str, Reference], store: Store) -> str:
+    """Pairs and optimizer steps, exact where the input lies in the store."""
+    if step.stage == "preferences" and str(step.inputs["cases"]) in known:
+        cases = store.record(known[str(step.inputs["cases"])]).counts.get("train", 0)
+        pairs_per_case = getattr(step.config, "pairs_per_case", 1)
+        return f"at most {cases * pairs_per_case} training pairs from {cases} cases"
+    if step.stage == "alignment" and str(step.inputs["preferences"]) in known:
+        counts = store.record(known[str(step.inputs["preferences"])]).counts
+        trees = counts.get("train_cases", counts.get("train", 0))
+        steps = math.ceil(trees / step.config.trees_per_batch) * step.config.epochs  # type: ignore[attr-defined]
+        return f"at most {math.ceil(steps)} optimizer steps on {counts.get('train', 0)} pairs"
+    return ""
