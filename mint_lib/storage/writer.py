@@ -1,0 +1,165 @@
+"""Writes one version: claim, files, manifest.
+
+Goes in: files and a `StageRecord`. Comes out: a `Reference`, or nothing at all: until the manifest stands, no reader
+sees the version. A number belongs to the writer whose claim stands, so two writers never mix below it.
+"""
+
+import logging
+import secrets
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from mint_lib.errors import Conflict, InvalidInput
+from mint_lib.records import Kind, Record, Reference, StageRecord, rows_to_parquet
+from mint_lib.storage.client import S3
+from mint_lib.storage.layout import Layout, is_version, number_version, spell_version
+from mint_lib.storage.manifest import (
+    CLAIM,
+    RECORD,
+    FileEntry,
+    Manifest,
+    canonical_json,
+    check_path,
+    describe_environment,
+    digest_files,
+)
+
+if TYPE_CHECKING:
+    import pyarrow
+
+logger = logging.getLogger(__name__)
+
+
+class VersionWriter:
+    """One version in the making. Use it as a context manager and end with `commit`.
+
+    Leaving it without `commit` leaves nothing that a reader sees; `collect_orphans` removes what was written.
+    """
+
+    def __init__(self, s3: S3, layout: Layout, kind: Kind, name: str, version: str | None):
+        self._s3 = s3
+        self._layout = layout
+        self._kind = kind
+        self._name = name
+        self._wanted = version
+        self._token = secrets.token_hex(16)
+        self._files: dict[str, FileEntry] = {}
+        self._version = ""
+        self._is_committed = False
+
+    def __enter__(self) -> Self:
+        """Claims the version.
+
+        Raises:
+            Conflict: an explicit version was asked for, and its number is used up.
+        """
+        if self._wanted is not None:
+            if not self._claim(self._wanted):
+                raise Conflict(
+                    f"{self._kind}/{self._name}@{self._wanted} is taken: a number is used once, even when its writer "
+                    "died. Leave the version out to get the next free number."
+                )
+            return self
+        folder = self._layout.folder(self._kind, self._name)
+        taken = [number_version(item) for item in self._s3.list_folders(folder) if is_version(item)]
+        number = max(taken, default=0) + 1
+        while not self._claim(spell_version(number)):
+            number += 1
+        return self
+
+    def __exit__(
+        self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._is_committed:
+            logger.warning("%s/%s@%s was not committed", self._kind, self._name, self._version)
+
+    @property
+    def version(self) -> str:
+        """The claimed version, for instance `v000001`."""
+        return self._version
+
+    def add_bytes(self, path: str, data: bytes) -> None:
+        """Write one file.
+
+        Raises:
+            InvalidInput: the path is not allowed, or was added before.
+            StoreUnreachable: the server does not answer, or its disk is full.
+        """
+        self._check(path)
+        self._files[path] = self._s3.put(self._key(path), data)
+
+    def add_file(self, path: str, local_path: Path) -> None:
+        """Copy one local file of any size; raises as `add_bytes`, and if it is not a plain file."""
+        if local_path.is_symlink() or not local_path.is_file():
+            raise InvalidInput(f"{local_path} is not a plain file. Give a file; links and devices are not stored.")
+        self._check(path)
+        self._files[path] = self._s3.put_file(self._key(path), local_path)
+
+    def add_folder(self, prefix: str, local_folder: Path) -> None:
+        """Copy every file below a local folder to below `prefix` ("" for the top); raises as `add_file`."""
+        prefix = prefix.rstrip("/")
+        paths = sorted(path for path in local_folder.rglob("*") if path.is_symlink() or not path.is_dir())
+        if not paths:
+            raise InvalidInput(f"{local_folder} holds no file. Give a folder with the files to store.")
+        for path in paths:
+            inner = path.relative_to(local_folder).as_posix()
+            self.add_file(f"{prefix}/{inner}" if prefix else inner, path)
+
+    def add_json(self, path: str, value: object) -> None:
+        """Write `value` as canonical JSON; raises as `add_bytes`."""
+        self.add_bytes(path, canonical_json(value))
+
+    def add_rows(self, path: str, rows: Iterable[Record], schema: "pyarrow.Schema") -> None:
+        """Write `rows` as one Parquet file; raises as `add_bytes`."""
+        self.add_bytes(path, rows_to_parquet(rows, schema))
+
+    def commit(self, record: StageRecord) -> Reference:
+        """Make the version exist. `record` stands beside the files as `record.json`.
+
+        Raises:
+            Conflict: the claim was given up in the meantime because nothing was written for long.
+        """
+        self.add_json(RECORD, record.model_dump(mode="json"))
+        manifest = Manifest(
+            kind=self._kind,
+            name=self._name,
+            version=self._version,
+            token=self._token,
+            created_at=datetime.now(UTC),
+            environment=describe_environment(),
+            files=self._files,
+            digest=digest_files(self._files),
+        )
+        data = canonical_json(manifest.model_dump(mode="json"))
+        key = self._layout.manifest(self._kind, self._name, self._version)
+        self._s3.put_if(key, data, etag=None, is_ours=lambda found: found == data)
+        self._is_committed = True
+        reference = Reference(kind=self._kind, name=self._name, version=self._version, digest=manifest.digest)
+        logger.info("committed %s with %d files", reference, len(self._files))
+        return reference
+
+    def _claim(self, version: str) -> bool:
+        data = canonical_json({"token": self._token})
+        key = self._layout.folder(self._kind, self._name, version) + CLAIM
+        try:
+            self._s3.put_if(key, data, etag=None, is_ours=lambda found: found == data)
+        except Conflict:
+            return False
+        self._version = version
+        return True
+
+    def _key(self, path: str) -> str:
+        return self._layout.folder(self._kind, self._name, self._version) + path
+
+    def _check(self, path: str) -> None:
+        if not self._version or self._is_committed:
+            raise RuntimeError("files are added between `with store.write(...)` and `commit`")
+        check_path(path)
+        clash = [known for known in self._files if f"{known}/".startswith(f"{path}/") or path.startswith(f"{known}/")]
+        if clash:
+            raise InvalidInput(
+                f"{path!r} cannot be added: {clash[0]!r} is already there. Give every file its own path."
+            )
