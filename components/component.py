@@ -41,16 +41,19 @@ def run_component(
     store = Store.from_environment()
     try:
         outcome = run_stage(stage, config, inputs, store=store)
-    except MintError as error:
+    except Exception as error:
         if wants_events():
-            tell_event("error", stage=stage, type=type(error).__name__, message=str(error))
+            # The message of an error that is not ours may hold the content of a case.
+            message = str(error) if isinstance(error, MintError) else "not foreseen; its traceback is in the log"
+            tell_event("error", stage=stage, type=type(error).__name__, message=message)
         raise
     if wants_events():
         tell_event("output", stage=stage, reference=str(outcome.reference), was_cached=outcome.was_cached)
     record = store.record(outcome.reference)
     metrics.metadata["reference"] = str(outcome.reference)
     for name, value in {**record.counts, **record.metrics}.items():
-        metrics.log_metric(name, float(value))
+        if "/label/" not in name:
+            metrics.log_metric(name, float(value))
     if html is not None:
         _copy_report(store, outcome.reference, html.path)
     return str(outcome.reference)

@@ -44,7 +44,9 @@ def load_plugin(folder: str, name: str, *, base: type[T]) -> type[T]:
     if len(found) != 1:
         raise TypeError(f"{module.__name__} must define exactly one subclass of {base.__name__}, not {len(found)}")
     config = getattr(found[0], "Config", None)
-    if not (isinstance(config, type) and issubclass(config, BaseModel) and config.model_config.get("extra") == "forbid"):
+    if not (
+        isinstance(config, type) and issubclass(config, BaseModel) and config.model_config.get("extra") == "forbid"
+    ):
         raise TypeError(f"{found[0].__qualname__} needs a nested pydantic Config with extra='forbid'")
     return found[0]
 

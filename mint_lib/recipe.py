@@ -144,9 +144,8 @@ def resolve_section(section: str, config: Any) -> Any:
     plugin = load_plugin(folder, getattr(config, name_key), base=base)
     plugin_config = parse_plugin_config(plugin, getattr(config, config_key), where=f"{section}.{config_key}")
     update: dict[str, Any] = {config_key: plugin_config.model_dump(mode="json")}
-    if section == "data" and config.test_source is not None:
-        test_source = resolve_section("data", config.test_source.model_copy(update={}))
-        update["test_source"] = test_source
+    if getattr(config, "test_source", None) is not None:
+        update["test_source"] = resolve_section(section, config.test_source)
     return config.model_copy(update=update)
 
 
@@ -173,7 +172,9 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     """
     path, separator, value = override.partition("=")
     if not separator:
-        raise RecipeError(f"--set {override!r} has no '='. Write section.key=value, for instance teacher.floor.value=0.5.")
+        raise RecipeError(
+            f"--set {override!r} has no '='. Write section.key=value, for instance teacher.floor.value=0.5."
+        )
     *parents, last = path.split(".")
     here: Any = values
     for part in parents:
@@ -191,7 +192,9 @@ def recipe_json_schema() -> dict[str, Any]:
         section = schema["$defs"][model.__name__]
         section["required"] = [key for key in section.get("required", []) if key not in copied]
     schema["required"] = [
-        key for key in schema["required"] if key not in _SECTIONS or schema["$defs"][_SECTIONS[key].__name__]["required"]
+        key
+        for key in schema["required"]
+        if key not in _SECTIONS or schema["$defs"][_SECTIONS[key].__name__]["required"]
     ]
     return schema
 

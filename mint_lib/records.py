@@ -262,10 +262,139 @@ def parquet_to_rows(data: bytes, row_type: type[R]) -> list[R]:
 
 @functools.cache
 def code_version() -> str:
-    """The package's version and a hash of its Python and template sources, so a cached output never outlives its code."""
+    """The package's version and a hash of its sources and templates, so a cached output never outlives its code."""
     folder = pathlib.Path(__file__).parent
-    sources = sorted(path for suffix in ("*.py", "*.yaml") for path in folder.rglob(suffix))
+    sources = sorted(path for suffix in ("*.py", "*.yaml", "*.html") for path in folder.rglob(suffix))
     hasher = hashlib.sha256()
     for path in sources:
         hasher.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return f"{mint_lib.__version__}+{hasher.hexdigest()[:16]}"
+
+
+class Prediction(Record):
+    """What one system answered for one test case: ids and probabilities, never text."""
+
+    system: str
+    """Name of the system; the runs of an arm are called `arm/run`."""
+    case_id: str
+    label_id: str
+    ranked_ids: tuple[str, ...]
+    """The whole label set, most probable first."""
+    probabilities: tuple[float, ...]
+    generated: tuple[str, ...] | None = None
+    """The names of the free answer in their order: a label's id, `outside:<id>` for a disease that is not in the label
+    set, `fuzzy:<id>` for a near miss, or `unknown`. None: no answer was generated for this case."""
+
+
+def prediction_schema() -> "pyarrow.Schema":
+    """Arrow schema of `predictions` rows."""
+    import pyarrow as pa
+
+    strings, floats = pa.list_(pa.string()), pa.list_(pa.float64())
+    required = [("system", pa.string()), ("case_id", pa.string()), ("label_id", pa.string())]
+    required += [("ranked_ids", strings), ("probabilities", floats)]
+    return pa.schema([*(pa.field(*field, nullable=False) for field in required), ("generated", strings)])
+
+
+class Estimate(Record):
+    """A number with its interval. None stands for what cannot be computed."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+    n: int
+    """Cases, or listed names, that the number rests on."""
+
+
+class Metric(Record):
+    """How a metric is read."""
+
+    title: str
+    meaning: str
+    unit: Literal["percent", "score"]
+    better: Literal["higher", "lower"]
+
+
+class Comparison(Record):
+    """`system` minus `other` on the same cases."""
+
+    metric: str
+    system: str
+    other: str
+    difference: Estimate
+    test: str
+    p_value: float
+    p_adjusted: float
+    """After Holm's correction over the comparisons of this metric."""
+
+
+class GateOutcome(Record):
+    """One declared threshold and what was observed: a system's own value, or its lead over another one."""
+
+    metric: str
+    system: str
+    over: str | None
+    bound: Literal["lower", "value"]
+    at_least: float
+    observed: float | None
+    passed: bool
+
+
+class Gate(Record):
+    """Whether every declared threshold was met. Without a rule no gate is passed."""
+
+    passed: bool
+    rules: tuple[GateOutcome, ...]
+
+
+class EvaluationReport(Record):
+    """What an evaluation found, complete enough to decide on."""
+
+    name: Name
+    task: str
+    main: str
+    """The system that the report is about."""
+    headline: str
+    statements: tuple[str, ...]
+    """Plain sentences drawn from the numbers."""
+    lead: str
+    """The metric that sentences lead with."""
+    order: tuple[str, ...]
+    """The systems as tables show them, the main one first."""
+    metrics: dict[str, Metric]
+    systems: dict[str, dict[str, Estimate]]
+    roles: dict[str, Literal["student", "base", "teacher", "baseline", "reference"]]
+    runs: dict[str, int]
+    """Seeds that a system stands for."""
+    comparisons: tuple[Comparison, ...]
+    slices: dict[str, dict[str, dict[str, dict[str, Estimate]]]]
+    """Slice (such as `family`) to its value to system to metric to estimate."""
+    gate: Gate
+    inputs: dict[str, str]
+    counts: dict[str, int]
+    synthetic: Literal["all", "some", "none"]
+    """Which test cases are generated, not observed."""
+    seed: int
+    bootstrap_draws: int
+    confidence: float
+    """Level of every interval."""
+    notes: tuple[str, ...] = ()
+
+
+class ModelCard(Record):
+    """What somebody must know before using a model version."""
+
+    name: Name
+    base_model: str
+    base_digest: str
+    method: str
+    student: str
+    inputs: dict[str, str]
+    teacher_digest: str
+    headline: str
+    metrics: dict[str, Estimate]
+    gate_passed: bool
+    synthetic: Literal["all", "some", "none"]
+    licence: str
+    intended_use: str
+    limits: tuple[str, ...]

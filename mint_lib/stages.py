@@ -32,10 +32,12 @@ class Stage(NamedTuple):
     """Inputs that are one reference each."""
     input_maps: tuple[str, ...] = ()
     """Inputs that are several named references each."""
+    digest_outside: Callable[[Any], str] | None = None
+    """Digest of what the stage reads from outside the store, by its config."""
 
 
 STAGES: dict[str, Stage] = {
-    "data": Stage(data.DataConfig, data.prepare_cases),
+    "data": Stage(data.DataConfig, data.prepare_cases, digest_outside=data.digest_sources),
     "teacher": Stage(teacher.TeacherConfig, teacher.rank_cases, ("cases",)),
     "preferences": Stage(preferences.PreferencesConfig, preferences.build_pairs, ("cases", "rankings")),
     "alignment": Stage(alignment.AlignmentConfig, alignment.align_student, ("preferences",)),
@@ -112,8 +114,10 @@ def output_key(stage_name: str, config: BaseModel, inputs: Inputs) -> str:
     def digest(value: Reference | Mapping[str, Reference]) -> Any:
         return value.digest if isinstance(value, Reference) else {name: item.digest for name, item in value.items()}
 
+    digest_outside = STAGES[stage_name].digest_outside
     parts = {
         "stage": stage_name,
+        "outside": digest_outside(config) if digest_outside else None,
         "config": config.model_dump(mode="json"),
         "inputs": {name: digest(value) for name, value in inputs.items()},
         "code": code_version(),

@@ -106,6 +106,7 @@ def list_versions(kind: Annotated[str | None, typer.Argument(help="cases, rankin
     """List the versions in the store with their aliases."""
     from mint_lib.errors import InvalidInput
     from mint_lib.records import KINDS
+    from pipelines.result import print_versions
     from pipelines.stores import open_store
 
     if kind is not None and kind not in KINDS:
@@ -114,11 +115,7 @@ def list_versions(kind: Annotated[str | None, typer.Argument(help="cases, rankin
     with open_store() as store:
         for each_kind in [kind] if kind else KINDS:
             for name in store.list_names(each_kind):
-                aliases = store.list_aliases(each_kind, name)
-                for reference in store.list_versions(each_kind, name):
-                    marks = " ".join(alias for alias, target in aliases.items() if target == reference)
-                    created = store.created_at(reference)
-                    console.print(f"{reference}  {created}  [green]{marks}[/green]", highlight=False, soft_wrap=True)
+                print_versions(each_kind, name, store=store, console=console)
 
 
 @app.command()
@@ -186,13 +183,12 @@ def gc(
     from pipelines.stores import open_store
 
     with open_store() as store:
-        orphans = store.list_orphans(older_than_seconds=older_than_hours * 3600)
-        if delete:
-            store.collect_orphans(older_than_seconds=older_than_hours * 3600)
+        seconds = older_than_hours * 3600
+        orphans = store.collect_orphans(older_than_seconds=seconds) if delete else store.list_orphans()
     console = _console()
     for orphan in orphans:
-        console.print(orphan, highlight=False, soft_wrap=True)
-    console.print(f"{len(orphans)} orphaned objects {'deleted' if delete else 'found; --delete removes them'}.")
+        console.print(f"{orphan.version}  {orphan.num_objects} objects", highlight=False, soft_wrap=True)
+    console.print(f"{len(orphans)} unfinished versions {'deleted' if delete else 'found; --delete removes old ones'}.")
 
 
 def _add_stage_command(stage: str, doc: str) -> None:

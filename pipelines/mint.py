@@ -33,5 +33,6 @@ def _add_task(step: Step, outputs: Mapping[str, Any]) -> Any:
             inputs[name] = outputs[source]
         else:
             inputs[name] = " ".join(f"{key}={outputs[step_id]}" for key, step_id in source.items())
-    task = component(config=step.config.model_dump_json(), **inputs)
-    return task.set_display_name(step.id)
+    task = component(config=step.config.model_dump_json(), **inputs).set_display_name(step.id)
+    # Kubeflow's cache key holds the digests of inputs that are references, but cannot know a source's content.
+    return task if inputs else task.set_caching_options(False)

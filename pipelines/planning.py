@@ -52,12 +52,11 @@ def _resolve_inputs(
 def _estimate(step: Step, known: Mapping[str, Reference], store: Store) -> str:
     """Pairs and optimizer steps, exact where the input lies in the store."""
     if step.stage == "preferences" and str(step.inputs["cases"]) in known:
-        cases = store.record(known[str(step.inputs["cases"])]).counts.get("train", 0)
+        cases = store.record(known[str(step.inputs["cases"])]).counts["train/cases"]
         pairs_per_case = getattr(step.config, "pairs_per_case", 1)
         return f"at most {cases * pairs_per_case} training pairs from {cases} cases"
     if step.stage == "alignment" and str(step.inputs["preferences"]) in known:
         counts = store.record(known[str(step.inputs["preferences"])]).counts
-        trees = counts.get("train_cases", counts.get("train", 0))
-        steps = math.ceil(trees / step.config.trees_per_batch) * step.config.epochs  # type: ignore[attr-defined]
-        return f"at most {math.ceil(steps)} optimizer steps on {counts.get('train', 0)} pairs"
+        num_steps = math.ceil(counts["train_num_paired_cases"] / step.config.trees_per_batch) * step.config.epochs
+        return f"at most {num_steps} optimizer steps on {counts['train_num_pairs']} pairs"
     return ""

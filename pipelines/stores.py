@@ -11,8 +11,8 @@ LOCAL_FOLDER = pathlib.Path(".mint")
 
 
 def is_store_configured() -> bool:
-    """True if the environment names an S3 endpoint or a bucket."""
-    return bool(os.environ.get("MINT_S3_ENDPOINT_URL") or os.environ.get("MINT_S3_BUCKET"))
+    """True if the environment names an S3 endpoint."""
+    return bool(os.environ.get("MINT_S3_ENDPOINT_URL"))
 
 
 @contextlib.contextmanager
@@ -25,9 +25,9 @@ def open_store() -> Iterator[Store]:
     if is_store_configured():
         yield Store.from_environment()
         return
-    from mint_lib.local_store import run_local_store
+    from mint_lib.local_store import local_store
 
-    with run_local_store(LOCAL_FOLDER / "s3") as environment:
+    with local_store(LOCAL_FOLDER / "s3") as environment:
         before = {key: os.environ.get(key) for key in environment}
         os.environ.update(environment)
         try:

@@ -1,0 +1,150 @@
+"""The whole flow as a user runs it: `mint run` on a tiny recipe against a real S3 server, under kfp.local and Ray."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from mint_lib.records import EvaluationReport
+from mint_lib.store import Store
+
+RECIPE = pathlib.Path(__file__).parent / "recipes" / "tiny.yaml"
+
+
+def mint(folder: pathlib.Path, *arguments: str, seconds: int = 400, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pipelines.cli", *arguments]
+    return subprocess.run(
+        command, cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True, timeout=seconds
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("flow")
+
+
+@pytest.fixture(scope="module")
+def store(s3_store):
+    store = s3_store()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINT_S3_PREFIX", store.settings.prefix)
+        yield store
+
+
+def _num_versions(store: Store) -> int:
+    kinds = ("cases", "rankings", "preferences", "student", "report", "model")
+    return sum(len(store.list_versions(kind, name)) for kind in kinds for name in store.list_names(kind))
+
+
+def test_run_that_fails_at_a_stage_keeps_the_stages_before_it(folder, store):
+    done = mint(folder, "run", str(RECIPE), "--set", "preferences.bottom_q=5")
+    assert done.returncode == 1
+    assert "preferences: InvalidInput" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert store.list_names("preferences") == []
+    assert len(store.list_versions("cases", "tiny")) == len(store.list_versions("rankings", "tiny")) == 1
+
+
+def test_run_goes_on_where_it_failed_and_ends_with_the_numbers(folder, store):
+    done = mint(folder, "run", str(RECIPE))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "cached  data" in done.stdout
+    assert "cached  teacher" in done.stdout
+    assert len(store.list_versions("cases", "tiny")) == len(store.list_versions("rankings", "tiny")) == 1
+    report = EvaluationReport.model_validate(store.read_json(store.resolve("report/tiny"), "report.json"))
+    assert {"orpo", "sft", "base", "teacher"} <= set(report.systems)
+    for word in ["report ", "student ", str(store.resolve("model/tiny"))]:
+        assert word in done.stdout
+    html = next((folder / ".mint" / "reports").glob("tiny-*.html")).read_bytes()
+    assert html == store.read_bytes(store.resolve("report/tiny"), "report.html")
+
+
+def test_unchanged_run_executes_nothing_and_says_so(folder, store):
+    before = _num_versions(store)
+    done = mint(folder, "run", str(RECIPE))
+    assert done.returncode == 0
+    assert "Nothing to do" in done.stdout
+    assert _num_versions(store) == before
+
+
+def test_plan_of_a_changed_recipe_says_what_would_run_and_runs_nothing(folder, store):
+    before = _num_versions(store)
+    done = mint(folder, "plan", str(RECIPE), "--set", "alignment.epochs=2")
+    assert done.returncode == 0
+    assert "8 steps" not in done.stdout
+    assert done.stdout.count("would run and write a new version") == 4  # two students, the report, the model
+    assert "optimizer steps on" in done.stdout
+    assert _num_versions(store) == before
+
+
+def test_one_stage_alone_makes_the_same_version_as_the_flow(folder, store):
+    done = mint(folder, "preferences", str(RECIPE))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(store.resolve("preferences/tiny"))
+
+
+def test_show_leads_from_the_model_back_to_its_source(folder, store):
+    done = mint(folder, "show", "model/tiny")
+    assert done.returncode == 0
+    for name in ["model/tiny", "student/tiny-orpo", "preferences/tiny", "rankings/tiny", "cases/tiny", "sha256:"]:
+        assert name in done.stdout
+
+
+def test_promote_of_a_model_whose_gate_failed_is_refused(folder, store):
+    report = EvaluationReport.model_validate(store.read_json(store.resolve("report/tiny"), "report.json"))
+    assert not report.gate.passed, "a student of random weights cannot beat its base"
+    done = mint(folder, "promote", "model/tiny", "--who", "test", "--why", "test")
+    assert done.returncode == 1
+    assert "GateFailed" in done.stderr
+    assert store.alias("model", "tiny", "champion") is None
+
+
+def test_ls_shows_the_candidate(folder, store):
+    done = mint(folder, "ls", "model")
+    assert str(store.resolve("model/tiny")) in done.stdout
+    assert "candidate" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message", "kind"),
+    [
+        (("preferences", "--set", "preferences.bottom_q=5"), r"top_k 2|2 \+ 5|label", "preferences"),
+        (("preferences", "--set", "student.window_tokens=40"), "PromptTooLong", "preferences"),
+        (("teacher", "--set", "teacher.floor={metric: top_1, value: 1.0}", "--set", "data.config.photo_share=0"), "GateFailed", "rankings"),
+    ],
+)
+def test_bad_setting_is_refused_by_its_stage_and_nothing_is_written(folder, store, arguments, message, kind):
+    import re
+
+    before = [store.list_versions(kind, name) for name in store.list_names(kind)]
+    stage, *options = arguments
+    inputs = ["--input", "cases=cases/tiny"]
+    if stage == "preferences":
+        inputs += ["--input", "rankings=rankings/tiny"]
+    done = mint(folder, stage, str(RECIPE), *options, *inputs)
+    assert done.returncode in (1, 2)
+    assert re.search(message, done.stderr)
+    assert "Traceback" not in done.stderr
+    assert [store.list_versions(kind, name) for name in store.list_names(kind)] == before
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"MINT_S3_ENDPOINT_URL": "http://127.0.0.1:9", "MINT_S3_DEADLINE_SECONDS": "2"}, "StoreUnreachable"),
+        ({"AWS_SECRET_ACCESS_KEY": "wrong"}, "AccessDenied"),
+    ],
+)
+def test_run_without_a_usable_store_says_so_before_any_work(folder, store, environment, message):
+    done = mint(folder, "run", str(RECIPE), **environment)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "wrong" not in done.stderr.replace("is wrong", "")
+
+
+def test_doctor_finds_a_usable_store(folder, store):
+    done = mint(folder, "doctor")
+    assert "writes, reads and conditional writes work" in done.stdout
