@@ -1,0 +1,354 @@
+"""Stage data: rows of a source become cases, split by patient, that the other stages can trust.
+
+Goes in: a `DataConfig`, which names a plug-in of `mint_lib/data_sources`. Comes out: a version of kind `cases` with
+`train.parquet`, `validation.parquet`, `test.parquet` (rows of `Case`) and `labels.json`. Every row is validated and
+refusals are counted by cause; patients and identical contents never stand in two splits. Knows no source by name.
+"""
+
+import abc
+import collections
+import hashlib
+import io
+import logging
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mint_lib.errors import RefusedData
+from mint_lib.plugins import load_plugin, parse_plugin_config
+from mint_lib.records import (
+    SPLITS,
+    Case,
+    Finding,
+    Label,
+    Name,
+    Reference,
+    Split,
+    StageRecord,
+    case_schema,
+    code_version,
+)
+from mint_lib.splits import SplitWeights, describe_case_ids, prove_disjoint, split_cases, withhold_labels
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from mint_lib.store import Store
+
+logger = logging.getLogger(__name__)
+_SHOWN_IDS = 5
+_IMAGE_FORMATS = ("PNG", "JPEG")
+
+
+class SourceConfig(BaseModel):
+    """A data source and its config."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    source: str
+    """Name of a file in `mint_lib/data_sources`."""
+    config: dict[str, Any] = {}
+    """That source's own config."""
+
+
+class DataConfig(SourceConfig):
+    """What the stage `data` reads and how it splits."""
+
+    name: Name
+    """Name of the version written."""
+    seed: int = Field(ge=0, lt=2**32)
+    """Seed of simulation, wording and split."""
+    test_source: SourceConfig | None = None
+    """A second source whose cases, all of them, are the test split. Its labels are those of `source`."""
+    split: SplitWeights = SplitWeights()
+    """Proportions of the splits, for patients whom the source does not assign itself."""
+    labelled_per_label: int | None = Field(default=None, ge=0)
+    """Few-label mode: training patients per label who keep their label. None: all of them."""
+    max_refused_share: float = Field(default=0.0, ge=0, le=1)
+    """Share of a source's rows that may be refused before the stage fails."""
+    max_image_pixels: int = Field(default=16_777_216, ge=1)
+    """Pixels of an image above which its row is refused before decoding (decompression bombs)."""
+    max_image_bytes: int = Field(default=20_971_520, ge=1)
+    """Encoded size of an image above which its row is refused."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row as a source reads it; any of it may be wrong. The fields are those of `Case`."""
+
+    case_id: str
+    group_id: str
+    source: str
+    synthetic: bool
+    text: str | None = None
+    image: bytes | None = None
+    findings: tuple[Finding, ...] = ()
+    label_id: str | None = None
+    attributes: Mapping[str, str] = field(default_factory=dict)
+    split: Split | None = None
+    """The split that the source itself assigns; None leaves it to the stage."""
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A row that a source does not hand on."""
+
+    case_id: str
+    cause: str
+    refused: bool
+    """True: the row is bad. False: it is not wanted (a filter)."""
+
+
+class DataSource(abc.ABC):
+    """Base of the plug-ins in `mint_lib/data_sources`."""
+
+    Config: ClassVar[type[BaseModel]]
+
+    def __init__(self, config: Any, *, wanted: tuple[Label, ...] | None = None):
+        """Keep the config.
+
+        Args:
+            config: an instance of the plug-in's `Config`.
+            wanted: the label set of another source, where this one only gives test cases for it.
+        """
+        self.config = config
+        self.wanted = wanted
+        self.counts: collections.Counter[str] = collections.Counter()
+        """Facts about the rows read, filled while reading."""
+
+    @abc.abstractmethod
+    def labels(self) -> list[Label]:
+        """The closed label set."""
+
+    @abc.abstractmethod
+    def read(self, rng: "np.random.Generator") -> Iterator[Row | LeftOut]:
+        """Every row once, in an order that depends on nothing but the input and `rng`."""
+
+    @abc.abstractmethod
+    def digest(self) -> str:
+        """`sha256:...` of everything outside the config that the rows depend on, such as the files read."""
+
+    def notes(self) -> tuple[str, ...]:
+        """Facts that a reader of the report must know."""
+        return ()
+
+
+def open_source(config: SourceConfig, *, wanted: tuple[Label, ...] | None = None, where: str = "data") -> DataSource:
+    """The source that a recipe names. Raises RecipeError as the plug-in loader does."""
+    plugin = load_plugin("data_sources", config.source, base=DataSource)  # type: ignore[type-abstract]
+    return plugin(parse_plugin_config(plugin, config.config, where=f"{where}.config"), wanted=wanted)
+
+
+def digest_sources(config: DataConfig) -> str:
+    """`sha256:...` of what the stage reads from outside the store, so that a changed file is never taken for cached."""
+    digests = [open_source(config).digest()]
+    if config.test_source is not None:
+        digests.append(open_source(config.test_source, where="data.test_source").digest())
+    return "sha256:" + hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+def prepare_cases(config: DataConfig, *, store: "Store") -> Reference:
+    """Read, validate, split and write the cases of a recipe.
+
+    Raises:
+        RefusedData: a source is empty, too many of its rows are bad, or splits share a patient or a content.
+        RecipeError: a source does not exist or its config is not valid.
+    """
+    import numpy as np
+
+    source = open_source(config)
+    labels = source.labels()
+    check_labels(labels, config.source)
+    counts: collections.Counter[str] = collections.Counter()
+    rows = collect_rows(source, config, labels, np.random.default_rng([config.seed, 1]), counts)
+    test_source: DataSource | None = None
+    test_cases: list[Case] = []
+    if config.test_source is not None:
+        test_source = open_source(config.test_source, wanted=tuple(labels), where="data.test_source")
+        test_rows = collect_rows(test_source, config, labels, np.random.default_rng([config.seed, 2]), counts)
+        test_cases = [case for case, _ in test_rows]
+    rng = np.random.default_rng([config.seed, 3])
+    splits = split_cases(rows, config.split, has_own_test=config.test_source is not None, rng=rng, counts=counts)
+    splits["test"] += test_cases
+    prove_disjoint(splits)
+    for split in SPLITS:
+        if not splits[split]:
+            raise RefusedData(
+                f"The {split} split is empty: {len(rows)} cases were read. Read more patients per label, or give "
+                f"data.split.{split} a larger weight."
+            )
+    splits["train"] = withhold_labels(splits["train"], config.labelled_per_label, rng=rng)
+    counts.update(_count_splits(splits))
+    sources = [item for item in (source, test_source) if item is not None]
+    notes = [note for item in sources for note in item.notes()] + _describe_origin(splits)
+    with store.write("cases", config.name) as version:
+        for split in SPLITS:
+            version.add_rows(f"{split}.parquet", splits[split], case_schema())
+        version.add_json("labels.json", [label.model_dump(mode="json") for label in labels])
+        reference: Reference = version.commit(
+            StageRecord(
+                stage="data",
+                config=config.model_dump(mode="json"),
+                inputs={f"source/{index}": item.digest() for index, item in enumerate(sources)},
+                code_version=code_version(),
+                counts=dict(sorted(counts.items())),
+                notes=tuple(notes),
+            )
+        )
+    sizes = ", ".join(f"{len(splits[split])} {split}" for split in SPLITS)
+    logger.info("data: %s cases of %d labels, written as %s", sizes, len(labels), reference)
+    return reference
+
+
+def check_labels(labels: list[Label], source_name: str) -> None:
+    """Raise RefusedData unless there are two labels or more, with distinct ids and names."""
+    if len(labels) < 2:
+        raise RefusedData(f"Source {source_name!r} offers {len(labels)} labels; at least 2 are needed to rank them.")
+    for what, values in (("id", [item.id for item in labels]), ("name", [item.name.casefold() for item in labels])):
+        twice = sorted(value for value, count in collections.Counter(values).items() if count > 1)
+        if twice:
+            raise RefusedData(
+                f"Two labels of source {source_name!r} have the same {what}: {', '.join(twice[:_SHOWN_IDS])}. "
+                "Answers could not be told apart; choose other labels."
+            )
+
+
+def collect_rows(
+    source: DataSource,
+    config: DataConfig,
+    labels: list[Label],
+    rng: "np.random.Generator",
+    counts: collections.Counter[str],
+) -> list[tuple[Case, Split | None]]:
+    """The valid rows of a source with the split that it assigns; what is left out is added to `counts` by cause.
+
+    Raises:
+        RefusedData: the source is empty, or more than `max_refused_share` of its rows are bad.
+    """
+    name = type(source).__module__.rpartition(".")[2]
+    label_ids = {label.id for label in labels}
+    seen: set[str] = set()
+    accepted: list[tuple[Case, Split | None]] = []
+    refused: dict[str, list[str]] = collections.defaultdict(list)
+    for row in source.read(rng):
+        if isinstance(row, LeftOut):
+            if row.refused:
+                refused[row.cause].append(row.case_id)
+            else:
+                counts[f"{name}/not wanted/{row.cause}"] += 1
+            continue
+        outcome = validate_row(row, config, label_ids=label_ids, seen=seen)
+        if isinstance(outcome, Case):
+            accepted.append((outcome, row.split))
+        else:
+            refused[outcome].append(row.case_id)
+        seen.add(row.case_id)
+    by_cause = {cause: len(ids) for cause, ids in sorted(refused.items())}
+    counts.update({f"{name}/refused/{cause}": number for cause, number in by_cause.items()})
+    counts.update({f"{name}/{key}": number for key, number in source.counts.items()})
+    num_refused = sum(by_cause.values())
+    total = len(accepted) + num_refused
+    logger.info("data: source %s gave %d rows, %d refused", name, total, num_refused)
+    if num_refused and num_refused > config.max_refused_share * total:
+        raise RefusedData(
+            f"{num_refused} of {total} rows of source {name!r} are bad: {describe_case_ids(refused)}. "
+            f"data.max_refused_share = {config.max_refused_share:g} allows {int(config.max_refused_share * total)}. "
+            "Mend or remove these rows, or allow a larger share.",
+            by_cause,
+            dict(refused),
+        )
+    if not accepted:
+        not_wanted = {key: number for key, number in counts.items() if key.startswith(f"{name}/not wanted/")}
+        raise RefusedData(
+            f"Source {name!r} gave no case"
+            + (f"; not wanted: {sum(not_wanted.values())} rows" if not_wanted else "")
+            + ". Check its path, filters and labels in the recipe's data section.",
+            not_wanted | by_cause,
+        )
+    return accepted
+
+
+def validate_row(row: Row, config: DataConfig, *, label_ids: set[str], seen: set[str]) -> Case | str:
+    """The case that a row holds, or the cause for which it is refused."""
+    if not row.case_id or not row.group_id:
+        return "no case id or patient"
+    if row.case_id in seen:
+        return "case id given twice"
+    if row.label_id is not None and row.label_id not in label_ids:
+        return "unknown label"
+    if not (row.text and row.text.strip()) and not row.image:
+        return "neither text nor photo"
+    if row.image is not None:
+        cause = find_image_fault(row.image, max_pixels=config.max_image_pixels, max_bytes=config.max_image_bytes)
+        if cause is not None:
+            return cause
+    try:
+        case = Case(
+            case_id=row.case_id,
+            group_id=row.group_id,
+            text=row.text if row.text and row.text.strip() else None,
+            image=row.image,
+            findings=row.findings,
+            label_id=row.label_id,
+            attributes=dict(row.attributes),
+            source=row.source,
+            synthetic=row.synthetic,
+        )
+    except ValidationError:
+        return "field of a wrong type"
+    words = [case.case_id, case.group_id, case.source, case.text or "", *case.attributes.values()]
+    words += [word for item in case.findings for word in (item.id, item.label)]
+    try:
+        "".join(words).encode()
+    except UnicodeEncodeError:
+        return "not valid Unicode"
+    return case
+
+
+def find_image_fault(data: bytes, *, max_pixels: int, max_bytes: int) -> str | None:
+    """Why encoded bytes cannot be taken as a PNG or JPEG photo, or None. Pixels are counted before decoding."""
+    from PIL import Image
+
+    if len(data) > max_bytes:
+        return "photo too large"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is stricter
+            image = Image.open(io.BytesIO(data), formats=_IMAGE_FORMATS)
+        if image.width * image.height > max_pixels:
+            return "photo too large"
+        if getattr(image, "n_frames", 1) != 1:
+            return "animated photo"
+        image.verify()  # checksums of a PNG up to its end, which decoding does not look at
+        Image.open(io.BytesIO(data), formats=_IMAGE_FORMATS).load()
+    except Image.DecompressionBombError:
+        return "photo too large"
+    except (OSError, SyntaxError, ValueError, EOFError, ArithmeticError, struct.error, zlib.error):
+        return "corrupt photo"
+    return None
+
+
+def _count_splits(splits: Mapping[Split, list[Case]]) -> dict[str, int]:
+    counts: collections.Counter[str] = collections.Counter()
+    for split, cases in splits.items():
+        counts[f"{split}/cases"] = len(cases)
+        counts[f"{split}/patients"] = len({case.group_id for case in cases})
+        counts[f"{split}/without label"] = sum(case.label_id is None for case in cases)
+        counts[f"{split}/with photo"] = sum(case.image is not None for case in cases)
+        counts[f"{split}/synthetic"] = sum(case.synthetic for case in cases)
+        counts.update(f"{split}/label/{case.label_id}" for case in cases if case.label_id is not None)
+    return dict(counts)
+
+
+def _describe_origin(splits: Mapping[Split, list[Case]]) -> list[str]:
+    notes = []
+    for split, cases in splits.items():
+        num_synthetic = sum(case.synthetic for case in cases)
+        if num_synthetic:
+            notes.append(f"{split}: {num_synthetic} of {len(cases)} cases are synthetic (generated, not observed)")
+    return notes

