@@ -1,0 +1,148 @@
+"""Material: the test cases that every system can be asked about, and what belongs to them.
+
+Goes in: references of cases, rankings and preferences. Comes out: `Material`, and the counts of the cases left out by
+cause. It knows neither systems nor metrics.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+from mint_lib.errors import InvalidInput, RefusedData
+from mint_lib.records import Case, Label, Ranking, Reference
+from mint_lib.student import encode_answer, encode_prompt
+from mint_lib.template import Template
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from mint_lib.store import Store
+
+_SHOWN_CASE_IDS = 20
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a task asks about."""
+
+    cases: tuple[Case, ...]
+    """Test cases with a text and a known diagnosis."""
+    labels: tuple[Label, ...]
+    template: Template
+    teacher: Mapping[str, Ranking]
+    """The teacher's ranking of every case."""
+    top_k: int
+    """Names in a chosen answer, which is how many the prompt asks for."""
+    bottom_q: int
+    """Names in a rejected answer."""
+    label_counts: Mapping[str, int]
+    """Label id to its number of labelled training cases."""
+    seed: int
+
+
+def read_material(
+    store: "Store",
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    cases: Reference,
+    rankings: Reference,
+    preferences: Reference,
+    window_tokens: int,
+    max_refused_share: float,
+    seed: int,
+) -> tuple[Material, dict[str, int]]:
+    """The test cases that every system can be asked about, and the counts of all by cause.
+
+    Raises:
+        InvalidInput: the rankings belong to other cases or labels.
+        RefusedData: no case is left, or more than the allowed share of prompts exceed the window.
+    """
+    labels = tuple(Label.model_validate(label) for label in cast(list[Any], store.read_json(cases, "labels.json")))
+    template = Template.from_bytes(store.read_bytes(preferences, "template.yaml"))
+    pairing = store.record(preferences).config
+    rows = store.read_rows(cases, "test.parquet", Case)
+    kept, refused = select_cases(
+        rows, labels, template, tokenizer, window_tokens=window_tokens, max_refused_share=max_refused_share
+    )
+    label_ids = [case.label_id for case in store.read_rows(cases, "train.parquet", Case)]
+    material = Material(
+        cases=tuple(kept),
+        labels=labels,
+        template=template,
+        teacher={ranking.case_id: ranking for ranking in store.read_rows(rankings, "test.parquet", Ranking)},
+        top_k=cast(int, pairing["top_k"]),
+        bottom_q=cast(int, pairing["bottom_q"]),
+        label_counts={label.id: label_ids.count(label.id) for label in labels},
+        seed=seed,
+    )
+    check_rankings(material, material.teacher, where=str(rankings))
+    counts = {
+        "test_cases": len(rows),
+        **{f"refused_{cause}": len(case_ids) for cause, case_ids in refused.items()},
+        "measured_cases": len(kept),
+        "measured_patients": len({case.group_id for case in kept}),
+        "measured_with_photo": sum(case.image is not None for case in kept),
+        "labels": len(labels),
+        "labelled_train_cases": sum(material.label_counts.values()),
+        "train_cases": len(label_ids),
+    }
+    return material, counts
+
+
+def select_cases(
+    rows: Sequence[Case],
+    labels: Sequence[Label],
+    template: Template,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    window_tokens: int,
+    max_refused_share: float,
+) -> tuple[list[Case], dict[str, list[str]]]:
+    """The cases that can be measured, and the ids of the others by cause.
+
+    Raises:
+        RefusedData: none is left, or more than the allowed share exceed the student's window.
+    """
+    known = {label.id for label in labels}
+    names = sorted((label.name for label in labels), key=len)[-template.num_answers :]
+    room = window_tokens - len(encode_answer(tokenizer, template.answer(names)))
+    kept: list[Case] = []
+    refused: dict[str, list[str]] = {"no_diagnosis": [], "other_diagnosis": [], "no_text": [], "longer_than_window": []}
+    for case in rows:
+        if case.label_id is None:
+            refused["no_diagnosis"].append(case.case_id)
+        elif case.label_id not in known:
+            refused["other_diagnosis"].append(case.case_id)
+        elif not (case.text and case.text.strip()):
+            refused["no_text"].append(case.case_id)
+        elif len(encode_prompt(tokenizer, template.prompt(case.text))) > room:
+            refused["longer_than_window"].append(case.case_id)
+        else:
+            kept.append(case)
+    refused = {cause: case_ids for cause, case_ids in refused.items() if case_ids}
+    num_long = len(refused.get("longer_than_window", ()))
+    if not kept or num_long > max_refused_share * len(rows):
+        causes = ", ".join(f"{cause}: {len(case_ids)}" for cause, case_ids in refused.items()) or "there are none"
+        raise RefusedData(
+            f"{len(kept)} of {len(rows)} test cases can be measured, and {num_long} prompts exceed the student's "
+            f"window of {window_tokens} tokens (allowed share {max_refused_share:g}). Refused by cause: "
+            f"{causes}. Raise student.window_tokens, or mend the test set.",
+            {cause: len(case_ids) for cause, case_ids in refused.items()},
+            {cause: case_ids[:_SHOWN_CASE_IDS] for cause, case_ids in refused.items()},
+        )
+    return kept, refused
+
+
+def check_rankings(material: Material, rankings: Mapping[str, Ranking], *, where: str) -> None:
+    """Refuse rankings that miss a case or rank another label set. Raises InvalidInput."""
+    known = {label.id for label in material.labels}
+    bad = [
+        case.case_id
+        for case in material.cases
+        if case.case_id not in rankings or set(rankings[case.case_id].label_ids) != known
+    ]
+    if bad:
+        raise InvalidInput(
+            f"{where} does not rank the {len(known)} labels for {len(bad)} of {len(material.cases)} test cases: "
+            f"{', '.join(bad[:_SHOWN_CASE_IDS])}. Run the teacher stage on these cases."
+        )

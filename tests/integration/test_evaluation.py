@@ -1,0 +1,184 @@
+"""The evaluation stage on a real store with a tiny student."""
+
+import json
+import pathlib
+from typing import Any
+
+import pytest
+
+from mint_lib.errors import InvalidInput
+from mint_lib.evaluation import EvaluationConfig, evaluate_students
+from mint_lib.records import (
+    Case,
+    EvaluationReport,
+    Label,
+    Prediction,
+    Ranking,
+    Reference,
+    StageRecord,
+    case_schema,
+    ranking_schema,
+)
+from mint_lib.store import Store
+from mint_lib.student import StudentConfig, load_student
+from mint_lib.template import Template
+
+STUDENT = StudentConfig(model="tiny", window_tokens=1024)
+NAMES = ("Noonan syndrome 1", "Noonan syndrome 4", "Kabuki syndrome 1", "Robinow syndrome", "Costello syndrome")
+LABELS = [Label(id=f"OMIM:{n}", name=name, family=name.split()[0]) for n, name in enumerate(NAMES)]
+IDS = tuple(label.id for label in LABELS)
+TEMPLATE = Template.load("rare_disease").with_num_answers(2)
+SECRET = "a finding that only the note tells"
+
+
+def make_record(stage: str, **config: Any) -> StageRecord:
+    return StageRecord(stage=stage, config=config, inputs={}, code_version="test")
+
+
+def write_cases(store: Store) -> Reference:
+    with store.write("cases", "tiny") as version:
+        for split, size in (("train", 10), ("validation", 5), ("test", 12)):
+            rows = [
+                Case(
+                    case_id=f"{split}-{n}",
+                    group_id=f"{split}-{n // 2}",
+                    text=f"Short stature, {SECRET}." if n else None,
+                    image=b"\x89PNG" if n % 3 == 0 else None,
+                    label_id=IDS[n % 5],
+                    attributes={"sex": "female" if n % 2 else "male"},
+                    source="test",
+                    synthetic=False,
+                )
+                for n in range(size)
+            ]
+            version.add_rows(f"{split}.parquet", rows, case_schema())
+        version.add_json("labels.json", [label.model_dump(mode="json") for label in LABELS])
+        return version.commit(make_record("data"))
+
+
+def write_rankings(store: Store, name: str, *, label_ids: tuple[str, ...] = IDS) -> Reference:
+    with store.write("rankings", name) as version:
+        rows = []
+        for n in range(12):
+            order = (IDS[n % 5], *(key for key in label_ids if key != IDS[n % 5]))[: len(label_ids)]
+            share = 1 / len(order)
+            values = {"label_ids": order, "probabilities": (share,) * len(order), "teacher_digest": "sha256:0"}
+            rows.append(Ranking(case_id=f"test-{n}", **values))
+        version.add_rows("test.parquet", rows, ranking_schema())
+        version.add_json("qualification.json", {"teacher_digest": "sha256:0"})
+        return version.commit(make_record("teacher"))
+
+
+def write_preferences(store: Store) -> Reference:
+    with store.write("preferences", "tiny") as version:
+        version.add_bytes("template.yaml", TEMPLATE.data)
+        return version.commit(make_record("preferences", top_k=2, bottom_q=2))
+
+
+def write_student(store: Store, folder: pathlib.Path, name: str, **values: Any) -> Reference:
+    import peft
+    import torch
+
+    torch.manual_seed(7)
+    config = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    peft.get_peft_model(load_student(STUDENT), config).save_pretrained(str(folder / name))
+    facts = {"student": STUDENT.model_dump(mode="json"), "method": "orpo", "base_digest": "sha256:1"}
+    history = [{"kind": "validation", "step": step, "loss": 1.0, "reward_margin": 0.1} for step in (0, 5)]
+    with store.write("student", name) as version:
+        for path in ("adapter_config.json", "adapter_model.safetensors"):
+            version.add_file(f"adapter/{path}", folder / name / path)
+        version.add_json("student.json", facts | values)
+        version.add_bytes("template.yaml", TEMPLATE.data)
+        version.add_json("labels.json", [label.model_dump(mode="json") for label in LABELS])
+        version.add_json("history.json", history)
+        return version.commit(make_record("alignment"))
+
+
+def make_config(**values: Any) -> EvaluationConfig:
+    known = {
+        "name": "tiny",
+        "seed": 1,
+        "student": STUDENT.model_dump(),
+        "main": "orpo",
+        "config": {"generation_cases": 3},
+        "bootstrap_draws": 200,
+        "gate": [{"metric": "top_1", "over": "base", "at_least": 0.5}],
+    }
+    return EvaluationConfig.model_validate(known | values)
+
+
+def evaluate(store: Store, students: dict[str, Reference], **values: Any) -> Reference:
+    return evaluate_students(
+        values.pop("config", None) or make_config(),
+        store=store,
+        cases=write_cases(store),
+        rankings=write_rankings(store, "tiny"),
+        preferences=write_preferences(store),
+        students=students,
+        baselines=values.pop("baselines", {}),
+    )
+
+
+def test_evaluation_measures_all_systems_and_writes_a_whole_report(store: Store, tmp_path: pathlib.Path) -> None:
+    students = {"orpo": write_student(store, tmp_path, "orpo"), "sft": write_student(store, tmp_path, "sft")}
+    reference = evaluate(store, students, baselines={"ontology": write_rankings(store, "ontology")})
+    assert set(store.files(reference)) == {"report.html", "report.json", "predictions.parquet", "record.json"}
+    report = EvaluationReport.model_validate(store.read_json(reference, "report.json"))
+    assert list(report.order) == ["orpo", "sft", "base", "teacher", "ontology", "majority", "chance"]
+    assert report.counts["refused_no_text"] == 1
+    assert report.counts["measured_cases"] == 11
+    assert report.systems["orpo"]["generated_top_1"].n == 3
+    assert report.systems["orpo"] == report.systems["sft"]
+    assert not report.gate.passed
+    assert report.inputs["students.orpo"] == str(students["orpo"])
+    rows = store.read_rows(reference, "predictions.parquet", Prediction)
+    assert len(rows) == 7 * 11
+    assert all(abs(sum(row.probabilities) - 1) < 1e-6 for row in rows)
+    record = store.record(reference)
+    assert record.metrics["teacher.top_1"] == report.systems["teacher"]["top_1"].value
+
+
+def test_evaluation_of_observed_patients_writes_none_of_their_content(store: Store, tmp_path: pathlib.Path) -> None:
+    reference = evaluate(store, {"orpo": write_student(store, tmp_path, "orpo")})
+    for path in store.files(reference):
+        assert SECRET.encode() not in store.read_bytes(reference, path)
+
+
+def test_evaluation_made_twice_gives_the_same_digest(store: Store, tmp_path: pathlib.Path) -> None:
+    student = write_student(store, tmp_path, "orpo")
+    cases, rankings, preferences = write_cases(store), write_rankings(store, "tiny"), write_preferences(store)
+    inputs: dict[str, Any] = {"cases": cases, "rankings": rankings, "preferences": preferences, "baselines": {}}
+    first, second = (
+        evaluate_students(make_config(), store=store, students={"orpo": student}, **inputs) for _ in range(2)
+    )
+    assert first.digest == second.digest
+
+
+def test_evaluation_of_several_seeds_reports_the_arm(store: Store, tmp_path: pathlib.Path) -> None:
+    students = {f"orpo/seed-{seed}": write_student(store, tmp_path, f"orpo-{seed}") for seed in (1, 2)}
+    reference = evaluate(store, students)
+    report = EvaluationReport.model_validate(store.read_json(reference, "report.json"))
+    assert report.runs["orpo"] == 2
+    assert len(store.read_rows(reference, "predictions.parquet", Prediction)) == 6 * 11
+
+
+def test_evaluation_of_a_student_of_another_base_refuses_and_writes_nothing(
+    store: Store, tmp_path: pathlib.Path
+) -> None:
+    other = STUDENT.model_copy(update={"num_layers": 1}).model_dump(mode="json")
+    student = write_student(store, tmp_path, "orpo", student=other)
+    with pytest.raises(InvalidInput, match="measures"):
+        evaluate(store, {"orpo": student})
+    assert store.list_versions("report", "tiny") == []
+
+
+def test_evaluation_with_rankings_of_other_labels_refuses(store: Store, tmp_path: pathlib.Path) -> None:
+    baseline = write_rankings(store, "ontology", label_ids=IDS[:4])
+    with pytest.raises(InvalidInput, match="does not rank the 5 labels"):
+        evaluate(store, {"orpo": write_student(store, tmp_path, "orpo")}, baselines={"ontology": baseline})
+
+
+def test_evaluation_report_json_is_plain_json_without_nan(store: Store, tmp_path: pathlib.Path) -> None:
+    reference = evaluate(store, {"orpo": write_student(store, tmp_path, "orpo")})
+    text = store.read_bytes(reference, "report.json").decode()
+    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
