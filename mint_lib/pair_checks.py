@@ -1,0 +1,153 @@
+"""Makes preference pairs and checks what the student's tokenizer makes of them.
+
+Goes in: the student's tokenizer, the template, the label set, a case's text and the labels of both sides. Comes out: a
+`PreferencePair` with its lengths in tokens, or the cause why it is refused; and the figures of a set of pairs. It does
+not know how the labels of a side were drawn.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from mint_lib.errors import InvalidInput
+from mint_lib.records import Case, Label, PreferencePair
+from mint_lib.student import encode_answer, encode_prompt
+from mint_lib.template import Template
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Preference(NamedTuple):
+    """Both sides of a pair as label ids, in the order in which they are named."""
+
+    chosen: tuple[str, ...]
+    rejected: tuple[str, ...]
+
+
+class PairLengths(NamedTuple):
+    """Tokens of a pair, the end of turn included."""
+
+    prompt: int
+    chosen: int
+    rejected: int
+
+
+class PairChecker:
+    """Makes pairs for one student, template and label set.
+
+    Raises:
+        InvalidInput: the tokenizer does not give a label's name back, or gives two labels the same tokens.
+    """
+
+    def __init__(
+        self, tokenizer: "PreTrainedTokenizerBase", template: Template, labels: Sequence[Label], window_tokens: int
+    ):
+        self._tokenizer = tokenizer
+        self._template = template
+        self._window_tokens = window_tokens
+        self._names = {label.id: label.name for label in labels}
+        self._answers: dict[tuple[str, ...], tuple[str, int]] = {}
+        added = tokenizer.added_tokens_decoder
+        self._control_ids = {*tokenizer.all_special_ids, *(index for index in added if added[index].special)}
+        self._num_control_tokens = self._count_control_tokens(encode_prompt(tokenizer, template.prompt("text")))
+        seen: dict[tuple[int, ...], str] = {}
+        for label in labels:
+            other = seen.setdefault(self._encode((label.id,))[1], label.id)
+            if other != label.id:
+                raise InvalidInput(
+                    f"The student's tokenizer gives the labels {other} and {label.id} the same tokens, so it cannot "
+                    "tell them apart. Rename one, or choose another student."
+                )
+
+    def make_pair(
+        self, case: Case, preference: Preference, *, teacher_digest: str, policy: str
+    ) -> tuple[PreferencePair, PairLengths] | str:
+        """The pair and its lengths, or why it is refused: `control_tokens_in_text` or `longer_than_window`.
+
+        The prompt holds the case's text and nothing else of the case.
+        """
+        prompt = self._template.prompt(case.text or "")
+        prompt_ids = encode_prompt(self._tokenizer, prompt)
+        if self._count_control_tokens(prompt_ids) != self._num_control_tokens:
+            return "control_tokens_in_text"
+        chosen, num_chosen = self._answer(preference.chosen)
+        rejected, num_rejected = self._answer(preference.rejected)
+        if len(prompt_ids) + max(num_chosen, num_rejected) > self._window_tokens:
+            return "longer_than_window"
+        pair = PreferencePair(
+            case_id=case.case_id,
+            prompt=prompt,
+            chosen=chosen,
+            rejected=rejected,
+            chosen_label_ids=preference.chosen,
+            rejected_label_ids=preference.rejected,
+            teacher_digest=teacher_digest,
+            template_digest=self._template.digest,
+            policy=policy,
+        )
+        return pair, PairLengths(len(prompt_ids), num_chosen, num_rejected)
+
+    def _answer(self, label_ids: tuple[str, ...]) -> tuple[str, int]:
+        """A checked answer and its number of tokens."""
+        if label_ids not in self._answers:
+            answer, ids = self._encode(label_ids)
+            self._answers[label_ids] = (answer, len(ids))
+        return self._answers[label_ids]
+
+    def _encode(self, label_ids: tuple[str, ...]) -> tuple[str, tuple[int, ...]]:
+        """An answer and its tokens, after these gave back the answer to the byte and its names in their order."""
+        names = [self._names[label_id] for label_id in label_ids]
+        answer = self._template.answer(names)
+        *span, end_of_turn = encode_answer(self._tokenizer, answer)
+        decoded = self._tokenizer.decode(span, clean_up_tokenization_spaces=False)
+        whole = decoded == answer and self._template.parse(decoded) == names
+        if not whole or self._count_control_tokens(span):
+            raise InvalidInput(
+                f"The student's tokenizer does not give the labels {', '.join(label_ids)} back from an answer's "
+                f"tokens: it reads {decoded!r}. Rename these labels, or choose another student."
+            )
+        return answer, (*span, end_of_turn)
+
+    def _count_control_tokens(self, ids: Sequence[int]) -> int:
+        """How many of `ids` steer the conversation, such as the end of a turn."""
+        return sum(index in self._control_ids for index in ids)
+
+
+def describe_pairs(
+    pairs: Sequence[PreferencePair], lengths: Sequence[PairLengths], truth_of: Mapping[str, str | None]
+) -> dict[str, Any]:
+    """Counts, class balance and lengths in tokens of at least one pair.
+
+    Args:
+        pairs: the pairs of one split.
+        lengths: their lengths, in the same order.
+        truth_of: case id to the id of its diagnosis, where one is known.
+    """
+    prompt, chosen, rejected = np.array(lengths).T
+    return {
+        "num_pairs": len(pairs),
+        "num_paired_cases": len({pair.case_id for pair in pairs}),
+        "num_pairs_without_diagnosis": sum(truth_of[pair.case_id] is None for pair in pairs),
+        "num_chosen_with_diagnosis": sum(truth_of[pair.case_id] in pair.chosen_label_ids for pair in pairs),
+        "num_rejected_with_diagnosis": sum(truth_of[pair.case_id] in pair.rejected_label_ids for pair in pairs),
+        "first_chosen_label": _count(pair.chosen_label_ids[0] for pair in pairs),
+        "rejected_labels": _count(label_id for pair in pairs for label_id in pair.rejected_label_ids),
+        "prompt_tokens": _summarise(prompt),
+        "chosen_tokens": _summarise(chosen),
+        "rejected_tokens": _summarise(rejected),
+        "chosen_minus_rejected_tokens": _summarise(chosen - rejected),
+        "share_chosen_longer": float(np.mean(chosen > rejected)),
+    }
+
+
+def _count(label_ids: Iterable[str]) -> dict[str, int]:
+    return dict(sorted(Counter(label_ids).items()))
+
+
+def _summarise(lengths: np.ndarray) -> dict[str, float]:
+    p5, median, p95 = np.percentile(lengths, [5, 50, 95])
+    figures = {"min": lengths.min(), "p5": p5, "median": median, "p95": p95, "max": lengths.max()}
+    return {"mean": float(lengths.mean())} | {name: float(value) for name, value in figures.items()}

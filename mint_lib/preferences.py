@@ -1,0 +1,329 @@
+"""Preferences: turns a teacher's rankings into prompts with a chosen and a rejected answer.
+
+Goes in: a version of `cases` and the `rankings` of a teacher for it. Comes out: a version of `preferences` with the
+pairs of train and validation, the template file that made their prompts, the label set, and `checks.json`. Only the
+text of a case reaches a prompt: the student learns from the ranking what the teacher saw in the photo. Everything is
+checked after tokenisation with the student's own tokenizer, before anything is written. Test cases are not read.
+"""
+
+import hashlib
+import logging
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
+
+from mint_lib.errors import InvalidInput, PromptTooLong, RefusedData
+from mint_lib.pair_checks import PairChecker, PairLengths, Preference, describe_pairs
+from mint_lib.progress import track_progress
+from mint_lib.records import (
+    Case,
+    Label,
+    Name,
+    PreferencePair,
+    Ranking,
+    Reference,
+    Split,
+    StageRecord,
+    code_version,
+    pair_schema,
+)
+from mint_lib.student import StudentConfig, load_tokenizer
+from mint_lib.template import Template, normalise_name
+
+if TYPE_CHECKING:
+    from mint_lib.store import Store
+
+logger = logging.getLogger(__name__)
+_PAIRED_SPLITS: tuple[Split, ...] = ("train", "validation")
+_SHOWN_CASE_IDS = 20
+
+
+class PreferencesConfig(BaseModel):
+    """How a ranking becomes pairs."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    name: Name
+    """Name of the version in the store."""
+    seed: int = Field(ge=0, lt=2**32)
+    """Seed of every draw. A case's draws do not depend on which other cases there are."""
+    student: StudentConfig
+    """The student whose tokenizer and window the pairs are checked with."""
+    template: str = "rare_disease"
+    """File of `mint_lib/templates`."""
+    top_k: int = Field(default=10, ge=1, le=99)
+    """Names in a chosen answer, the teacher's most probable first; the prompt asks for as many. MINT: 10."""
+    bottom_q: int = Field(default=15, ge=1, le=99)
+    """Names in a rejected answer. MINT's published ORPO script: 15."""
+    rejected: Literal["bottom", "next", "sampled"] = "bottom"
+    """Which ranks are rejected: the last `bottom_q` (MINT), the `bottom_q` right after the chosen ones, or a draw."""
+    sample_from_ranks: int | None = Field(default=None, ge=1)
+    """`sampled` draws from this many ranks after the chosen ones; none: from all of them."""
+    pairs_per_case: int = Field(default=1, ge=1, le=16)
+    """Rejected answers drawn for one prompt (a prompt tree). More than 1 needs `rejected: sampled`."""
+    ground_truth: Literal["none", "first", "drop"] = "none"
+    """`none`: the teacher alone decides, labelled or not. `first`: a known diagnosis is moved to the front of the
+    chosen names, replacing the last one where the teacher missed it; cases without one follow the teacher. `drop`:
+    only cases whose diagnosis is known and among the chosen names give pairs."""
+    confidence_floor: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Least probability of the teacher's first label; cases below it give no pair, in every control alike."""
+    control: Literal["none", "shuffled_teacher", "ground_truth_only"] = "none"
+    """Control of a transfer study. `shuffled_teacher`: every case gets the ranking of another one.
+    `ground_truth_only`: the diagnosis comes first and all other names are drawn at random; cases without a
+    diagnosis give no pair."""
+    max_train_cases: int | None = Field(default=None, ge=1)
+    """Draw at most this many training cases; none: all."""
+    max_validation_cases: int | None = Field(default=None, ge=1)
+    """Draw at most this many validation cases; none: all."""
+    max_refused_share: float = Field(default=0.05, ge=0.0, lt=1.0)
+    """Share of cases that may be refused by a check (prompt too long, control tokens) before the set is refused."""
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Self:
+        if self.rejected != "sampled" and (self.pairs_per_case > 1 or self.sample_from_ranks is not None):
+            raise ValueError("pairs_per_case above 1 and sample_from_ranks need rejected: sampled")
+        if self.sample_from_ranks is not None and self.sample_from_ranks < self.bottom_q:
+            raise ValueError(f"sample_from_ranks {self.sample_from_ranks} is less than bottom_q {self.bottom_q}")
+        if self.control == "shuffled_teacher" and self.ground_truth == "drop":
+            raise ValueError("ground_truth: drop would undo shuffled_teacher, as it keeps only the right rankings")
+        return self
+
+
+def build_pairs(config: PreferencesConfig, *, store: "Store", cases: Reference, rankings: Reference) -> Reference:
+    """A version of `preferences` made from `cases` and their `rankings`. The same inputs give the same digest.
+
+    Raises:
+        InvalidInput: k + q exceeds the label set, the label set cannot be told apart, or the rankings belong to
+            another label set.
+        RefusedData: too many cases break a rule, or none is left; carries counts by cause and case ids.
+        PromptTooLong: the only rule broken is that prompt and answer must fit the student's window.
+    """
+    labels = TypeAdapter(list[Label]).validate_python(store.read_json(cases, "labels.json"))
+    template = Template.load(config.template).with_num_answers(config.top_k)
+    check_label_set(labels, config)
+    checker = PairChecker(load_tokenizer(config.student), template, labels, config.student.window_tokens)
+    pairs: dict[Split, list[PreferencePair]] = {}
+    checks: dict[str, Any] = {}
+    for split in _PAIRED_SPLITS:
+        rows = store.read_rows(cases, f"{split}.parquet", Case)
+        ranked = store.read_rows(rankings, f"{split}.parquet", Ranking)
+        pairs[split], checks[split] = pair_split(rows, ranked, labels, config, checker, split)
+    counts = _flatten_counts(checks)
+    logger.info("preferences: %d train and %d validation pairs", len(pairs["train"]), len(pairs["validation"]))
+    with store.write("preferences", config.name) as version:
+        for split in _PAIRED_SPLITS:
+            version.add_rows(f"{split}.parquet", pairs[split], pair_schema())
+        version.add_json("labels.json", [label.model_dump(mode="json") for label in labels])
+        version.add_bytes("template.yaml", template.data)
+        version.add_json("checks.json", {"policy": describe_policy(config), "num_labels": len(labels), **checks})
+        return version.commit(
+            StageRecord(
+                stage="preferences",
+                config=config.model_dump(mode="json"),
+                inputs={"cases": str(cases), "rankings": str(rankings)},
+                code_version=code_version(),
+                counts=counts,
+            )
+        )
+
+
+def check_label_set(labels: Sequence[Label], config: PreferencesConfig) -> None:
+    """Refuse a label set that the policy does not fit or whose names cannot be told apart.
+
+    Raises:
+        InvalidInput: with the numbers or the label ids at fault.
+    """
+    wanted = config.top_k + config.bottom_q
+    if wanted > len(labels):
+        raise InvalidInput(
+            f"top_k {config.top_k} + bottom_q {config.bottom_q} = {wanted} is larger than the label set of "
+            f"{len(labels)}, so a label would stand on both sides. Lower them to at most {len(labels)} together."
+        )
+    pool = min(config.sample_from_ranks or len(labels), len(labels) - config.top_k)
+    num_draws = math.comb(pool, config.bottom_q)
+    if config.rejected == "sampled" and num_draws < config.pairs_per_case:
+        raise InvalidInput(
+            f"{pool} ranks hold only {num_draws} different draws of {config.bottom_q}, fewer than "
+            f"pairs_per_case {config.pairs_per_case}. Lower pairs_per_case or raise sample_from_ranks."
+        )
+    owners: dict[str, str] = {}
+    for label in labels:
+        other = owners.setdefault(normalise_name(label.name), label.id)
+        if other != label.id:
+            raise InvalidInput(
+                f"The labels {other} and {label.id} have the same name {label.name!r}: chosen could equal rejected. "
+                "Give each label its own name, or drop one."
+            )
+
+
+def pair_split(
+    cases: Sequence[Case],
+    rankings: Sequence[Ranking],
+    labels: Sequence[Label],
+    config: PreferencesConfig,
+    checker: PairChecker,
+    split: Split,
+) -> tuple[list[PreferencePair], dict[str, Any]]:
+    """The pairs of one split, and what `checks.json` says of it. Raises as `build_pairs` does."""
+    ranking_of = _rankings_by_case(cases, rankings, labels, split)
+    eligible, dropped = _select_cases(cases, ranking_of, config, split)
+    used = _shuffle(ranking_of, eligible, config, split) if config.control == "shuffled_teacher" else ranking_of
+    pairs: list[PreferencePair] = []
+    lengths: list[PairLengths] = []
+    refused: dict[str, list[str]] = {}
+    for case in track_progress(eligible, f"preferences: {split}", total=len(eligible)):
+        preferences = draw_preferences(case, used[case.case_id], config)
+        if isinstance(preferences, str):
+            dropped[preferences] += 1
+            continue
+        digest = used[case.case_id].teacher_digest
+        policy = describe_policy(config)
+        made = [checker.make_pair(case, preference, teacher_digest=digest, policy=policy) for preference in preferences]
+        causes = [cause for cause in made if isinstance(cause, str)]
+        if causes:
+            refused.setdefault(causes[0], []).append(case.case_id)
+            continue
+        for pair, length in (item for item in made if not isinstance(item, str)):
+            pairs.append(pair)
+            lengths.append(length)
+    _refuse_bad_set(refused, dropped, len(eligible), bool(pairs), config, split)
+    return pairs, {
+        "num_cases": len(cases),
+        "dropped": {cause: count for cause, count in sorted(dropped.items()) if count},
+        "refused": {cause: len(case_ids) for cause, case_ids in sorted(refused.items())},
+        "refused_case_ids": {cause: case_ids[:_SHOWN_CASE_IDS] for cause, case_ids in sorted(refused.items())},
+        **describe_pairs(pairs, lengths, {case.case_id: case.label_id for case in cases}),
+    }
+
+
+def draw_preferences(case: Case, ranking: Ranking, config: PreferencesConfig) -> list[Preference] | str:
+    """The pairs of one case as label ids, or the cause why the policy gives it none."""
+    rng = _case_rng(config.seed, case.case_id)
+    order = list(ranking.label_ids)
+    truth = case.label_id
+    if config.control == "ground_truth_only":
+        if truth is None:
+            return "no_diagnosis"
+        others = sorted(set(order) - {truth})
+        order = [truth, *(others[place] for place in rng.permutation(len(others)))]
+    elif config.ground_truth == "drop" and (truth is None or truth not in order[: config.top_k]):
+        return "no_diagnosis" if truth is None else "diagnosis_not_chosen"
+    elif config.ground_truth == "first" and truth is not None:
+        order = [truth, *(label for label in order if label != truth)]
+    chosen, rest = tuple(order[: config.top_k]), order[config.top_k :]
+    if config.rejected == "bottom":
+        return [Preference(chosen, tuple(rest[-config.bottom_q :]))]
+    if config.rejected == "next":
+        return [Preference(chosen, tuple(rest[: config.bottom_q]))]
+    pool = rest[: config.sample_from_ranks]
+    draws: list[tuple[str, ...]] = []
+    while len(draws) < config.pairs_per_case:
+        places = sorted(rng.choice(len(pool), size=config.bottom_q, replace=False))
+        draw = tuple(pool[place] for place in places)
+        if draw not in draws:
+            draws.append(draw)
+    return [Preference(chosen, draw) for draw in draws]
+
+
+def describe_policy(config: PreferencesConfig) -> str:
+    """The policy in one string, as pairs carry it."""
+    return (
+        f"top{config.top_k}-{config.rejected}{config.bottom_q}/ground-truth={config.ground_truth}"
+        f"/control={config.control}"
+    )
+
+
+def _case_rng(seed: int, case_id: str) -> np.random.Generator:
+    return np.random.default_rng([seed, int.from_bytes(hashlib.sha256(case_id.encode()).digest()[:8])])
+
+
+def _rankings_by_case(
+    cases: Sequence[Case], rankings: Sequence[Ranking], labels: Sequence[Label], split: Split
+) -> Mapping[str, Ranking]:
+    """Every case's ranking, after checking that it ranks exactly the label set."""
+    by_case = {ranking.case_id: ranking for ranking in rankings}
+    label_ids = {label.id for label in labels}
+    without = [case.case_id for case in cases if case.case_id not in by_case]
+    ranked = [case.case_id for case in cases if case.case_id in by_case]
+    foreign = [case_id for case_id in ranked if set(by_case[case_id].label_ids) != label_ids]
+    if without or foreign:
+        raise RefusedData(
+            f"{split}: {len(without)} cases have no ranking and {len(foreign)} are ranked over other labels. Rankings "
+            "and cases must belong together: run the teacher stage on these cases.",
+            {"no_ranking": len(without), "other_labels": len(foreign)},
+            {"no_ranking": without[:_SHOWN_CASE_IDS], "other_labels": foreign[:_SHOWN_CASE_IDS]},
+        )
+    return by_case
+
+
+def _select_cases(
+    cases: Sequence[Case], ranking_of: Mapping[str, Ranking], config: PreferencesConfig, split: Split
+) -> tuple[list[Case], Counter[str]]:
+    """Cases that may give pairs, in their order, and how many may not, by cause."""
+    dropped: Counter[str] = Counter()
+    kept = [case for case in cases if case.text and case.text.strip()]
+    dropped["no_text"] = len(cases) - len(kept)
+    sure = [case for case in kept if ranking_of[case.case_id].probabilities[0] >= config.confidence_floor]
+    dropped["below_confidence_floor"] = len(kept) - len(sure)
+    limit = config.max_train_cases if split == "train" else config.max_validation_cases
+    if limit is not None and limit < len(sure):
+        order = np.random.default_rng([config.seed, _PAIRED_SPLITS.index(split)]).permutation(len(sure))
+        dropped["above_max_cases"] = len(sure) - limit
+        sure = [sure[place] for place in sorted(order[:limit])]
+    return sure, dropped
+
+
+def _shuffle(
+    ranking_of: Mapping[str, Ranking], cases: Sequence[Case], config: PreferencesConfig, split: Split
+) -> dict[str, Ranking]:
+    """Rankings permuted over `cases` in one cycle, so that no case keeps its own."""
+    if len(cases) < 2:
+        raise RefusedData(f"{split}: shuffled_teacher needs at least 2 cases to exchange rankings, not {len(cases)}.")
+    order = np.random.default_rng([config.seed, 2, _PAIRED_SPLITS.index(split)]).permutation(len(cases))
+    return {
+        cases[taker].case_id: ranking_of[cases[giver].case_id]
+        for taker, giver in zip(order, np.roll(order, 1), strict=True)
+    }
+
+
+def _refuse_bad_set(
+    refused: Mapping[str, list[str]],
+    dropped: Mapping[str, int],
+    num_cases: int,
+    has_pairs: bool,
+    config: PreferencesConfig,
+    split: Split,
+) -> None:
+    """Raise where too many cases were refused or no pair is left."""
+    num_refused = sum(map(len, refused.values()))
+    if has_pairs and num_refused <= config.max_refused_share * num_cases:
+        return
+    counts = {cause: len(case_ids) for cause, case_ids in refused.items()}
+    counts |= {cause: count for cause, count in dropped.items() if count}
+    shown = {cause: case_ids[:_SHOWN_CASE_IDS] for cause, case_ids in refused.items()}
+    causes = ", ".join(f"{cause}: {count}" for cause, count in sorted(counts.items())) or "there are no cases"
+    named = "; ".join(f"{cause}: {', '.join(case_ids)}" for cause, case_ids in sorted(shown.items()))
+    message = f"{split}: {num_refused} of {num_cases} cases were refused"
+    message += "" if has_pairs else " and no pair is left"
+    message += f" (allowed share {config.max_refused_share:g}). By cause: {causes}."
+    message += f" Cases: {named}." if named else ""
+    if list(refused) == ["longer_than_window"]:
+        raise PromptTooLong(
+            f"{message} Prompt and answer must fit the student's window of {config.student.window_tokens} tokens: "
+            "raise student.window_tokens, lower top_k and bottom_q, or shorten the texts."
+        )
+    raise RefusedData(f"{message} Mend the cases or the policy.", counts, shown)
+
+
+def _flatten_counts(checks: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+    """The counts of all splits for the record."""
+    counts: dict[str, int] = {}
+    for split, found in checks.items():
+        counts |= {f"{split}_{key}": found[key] for key in ("num_cases", "num_paired_cases", "num_pairs")}
+        counts |= {f"{split}_dropped_{cause}": count for cause, count in found["dropped"].items()}
+        counts |= {f"{split}_refused_{cause}": count for cause, count in found["refused"].items()}
+    return counts

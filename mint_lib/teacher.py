@@ -1,0 +1,270 @@
+"""Teacher: ranks the label set for every case, with calibrated probabilities, after it proved itself on validation.
+
+Goes in: a version of `cases` and the name of a plug-in of `mint_lib/teachers`. Comes out: a version of `rankings` with
+the rankings of all splits, the label set, `qualification.json`, and the teacher itself under `teacher/`. A teacher
+that may be fitted sees the labels of train, and those of validation for stopping, temperature and qualification; a
+label of test is removed before anything else happens. Scores say nothing here of how a teacher makes them.
+"""
+
+import hashlib
+import json
+import logging
+import pathlib
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from mint_lib.calibration import fit_temperature, negative_log_likelihood, normalise_scores
+from mint_lib.errors import GateFailed, InvalidInput
+from mint_lib.plugins import load_plugin, parse_plugin_config
+from mint_lib.records import (
+    SPLITS,
+    Case,
+    Label,
+    Name,
+    Ranking,
+    Reference,
+    Split,
+    StageRecord,
+    code_version,
+    ranking_schema,
+)
+from mint_lib.statistics import GroupBootstrap, Measurement, measure_calibration_error, measure_mean
+
+if TYPE_CHECKING:
+    from mint_lib.store import Store
+
+logger = logging.getLogger(__name__)
+Metric = Literal["top_1", "top_3", "top_10", "mrr"]
+_NUM_RESAMPLES = 1000
+"""Bootstrap resamples of an interval (Efron and Tibshirani 1993: 1,000 for percentile intervals)."""
+_NUM_BINS = 15
+"""Bins of the calibration error (Guo et al. 2017, section 5)."""
+
+
+class Floor(BaseModel):
+    """The least a teacher must reach on validation."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    metric: Metric = "top_1"
+    """Share of cases with the diagnosis among the first 1, 3 or 10 labels, or the mean reciprocal rank."""
+    value: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Least value of the metric. 0: the teacher is only measured, as a baseline is."""
+
+
+class TeacherConfig(BaseModel):
+    """Which teacher ranks, and how good it must be."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    name: Name
+    """Name of the version in the store."""
+    seed: int = Field(ge=0, lt=2**32)
+    """Seed of fitting and of the bootstrap."""
+    model: str
+    """File of `mint_lib/teachers`."""
+    config: dict[str, Any] = {}
+    """The plug-in's own config."""
+    floor: Floor = Floor()
+    """Threshold of the qualification; nothing is written below it."""
+
+
+class Teacher(ABC):
+    """Base of the plug-ins in `mint_lib/teachers`: a nested `Config`, and what follows."""
+
+    Config: ClassVar[type[BaseModel]]
+
+    def __init__(self, config: Any, labels: Sequence[Label], *, seed: int):
+        self.config = config
+        self.labels = tuple(labels)
+        self.seed = seed
+
+    @abstractmethod
+    def fit(self, train: Sequence[Case], validation: Sequence[Case]) -> dict[str, Any]:
+        """Learn from labelled cases; return what `qualification.json` should tell of it, for instance a history.
+
+        Every case of both has a `label_id` of the label set. `validation` is for stopping only.
+        """
+
+    @abstractmethod
+    def score(self, cases: Sequence[Case]) -> np.ndarray:
+        """Log-scores `[case, label]`, finite, higher is more probable. The cases carry no `label_id`."""
+
+    @abstractmethod
+    def save(self, folder: pathlib.Path) -> None:
+        """Write everything `load` needs into `folder`: JSON and safetensors, the same bytes for the same teacher."""
+
+    @classmethod
+    @abstractmethod
+    def load(cls, folder: pathlib.Path, labels: Sequence[Label]) -> Self:
+        """The teacher that `save` wrote."""
+
+
+def rank_cases(config: TeacherConfig, *, store: "Store", cases: Reference) -> Reference:
+    """A version of `rankings` for `cases`. The rankings come from the saved teacher, read back.
+
+    Raises:
+        InvalidInput: validation has no labelled case, or a label is not of the label set.
+        GateFailed: the teacher is below its floor; nothing is written.
+    """
+    plugin = load_plugin("teachers", config.model, base=Teacher)
+    plugin_config = parse_plugin_config(plugin, config.config, where="teacher.config")
+    labels = TypeAdapter(list[Label]).validate_python(store.read_json(cases, "labels.json"))
+    rows: dict[Split, list[Case]] = {split: store.read_rows(cases, f"{split}.parquet", Case) for split in SPLITS}
+    rows["test"] = _hide_labels(rows["test"])
+    train, validation = (_labelled(rows[split], labels, split) for split in ("train", "validation"))
+    if not validation:
+        raise InvalidInput(
+            f"None of the {len(rows['validation'])} validation cases has a label, so the teacher cannot be qualified. "
+            "Let the data stage keep labels in validation."
+        )
+    logger.info("teacher: %s on %d labelled training cases", config.model, len(train))
+    with tempfile.TemporaryDirectory() as folder_name:
+        folder = pathlib.Path(folder_name)
+        fitted = plugin(plugin_config, labels, seed=config.seed)
+        fitting = fitted.fit(train, validation)
+        fitted.save(folder)
+        teacher = plugin.load(folder, labels)
+        scores = _score(teacher, validation)
+        qualification = qualify(scores, validation, labels, seed=config.seed)
+        check_floor(qualification, config)
+        temperature = qualification["temperature"]
+        (folder / "calibration.json").write_text(json.dumps({"temperature": temperature}))
+        digest = digest_folder(folder)
+        rankings = {
+            split: rank_scores(rows[split], _score(teacher, rows[split]), labels, temperature, digest)
+            for split in SPLITS
+        }
+        facts = {"model": config.model, "teacher_digest": digest, "fitting": fitting, **qualification}
+        with store.write("rankings", config.name) as version:
+            for split in SPLITS:
+                version.add_rows(f"{split}.parquet", rankings[split], ranking_schema())
+            version.add_json("labels.json", [label.model_dump(mode="json") for label in labels])
+            version.add_json("qualification.json", facts)
+            version.add_folder("teacher", folder)
+            return version.commit(
+                StageRecord(
+                    stage="teacher",
+                    config=config.model_dump(mode="json"),
+                    inputs={"cases": str(cases)},
+                    code_version=code_version(),
+                    counts={split: len(rows[split]) for split in SPLITS} | {"labelled_train": len(train)},
+                    metrics={f"validation_{name}": found["value"] for name, found in qualification["metrics"].items()},
+                )
+            )
+
+
+def qualify(scores: np.ndarray, cases: Sequence[Case], labels: Sequence[Label], *, seed: int) -> dict[str, Any]:
+    """Ranking metrics with 95 % intervals, chance, and calibration on labelled cases.
+
+    The interval is a percentile bootstrap over patient groups. The temperature has one parameter and is fitted on the
+    same cases that it is reported on.
+    """
+    columns = {label.id: column for column, label in enumerate(labels)}
+    truth = np.array([columns[case.label_id] for case in cases if case.label_id is not None])
+    order = np.argsort(-scores, axis=1, kind="stable")
+    ranks = (order == truth[:, None]).argmax(axis=1) + 1.0
+    temperature = fit_temperature(scores, truth)
+    measured = {f"top_{k}": measure_mean((ranks <= k).astype(float)) for k in (1, 3, 10)}
+    measured |= {
+        "mrr": measure_mean(1 / ranks),
+        "ece_before": _measure_calibration(normalise_scores(scores), truth),
+        "ece_after": _measure_calibration(normalise_scores(scores, temperature=temperature), truth),
+    }
+    groups = [case.group_id for case in cases]
+    bootstrap = GroupBootstrap(groups, draws=_NUM_RESAMPLES, seed=seed, confidence=0.95)
+    expected = 1 / np.arange(1, len(labels) + 1)
+    return {
+        "num_cases": len(cases),
+        "num_groups": bootstrap.num_groups,
+        "num_labels": len(labels),
+        "metrics": {name: bootstrap.estimate([value]).model_dump() for name, value in measured.items()},
+        "chance": {"mrr": float(expected.mean())} | {f"top_{k}": min(1.0, k / len(labels)) for k in (1, 3, 10)},
+        "temperature": temperature,
+        "nll_before": negative_log_likelihood(scores, truth),
+        "nll_after": negative_log_likelihood(scores, truth, temperature=temperature),
+    }
+
+
+def check_floor(qualification: dict[str, Any], config: TeacherConfig) -> None:
+    """Raise GateFailed where the teacher is below its floor, or its metric is not a number."""
+    metric, floor = config.floor.metric, config.floor.value
+    found = qualification["metrics"][metric]
+    if not found["value"] >= floor:
+        interval = "" if found["low"] is None else f" (95 % interval {found['low']:.3f} to {found['high']:.3f})"
+        raise GateFailed(
+            f"The teacher {config.model} reaches {metric} {found['value']:.3f}{interval} on {found['n']} validation "
+            f"cases; its floor is {floor:g} and chance is {qualification['chance'][metric]:.3f}. Nothing was written. "
+            "Give it more labelled cases or epochs, choose another teacher, or lower teacher.floor.value if a weak "
+            "teacher is meant."
+        )
+
+
+def rank_scores(
+    cases: Sequence[Case], scores: np.ndarray, labels: Sequence[Label], temperature: float, digest: str
+) -> list[Ranking]:
+    """A ranking per case; equal scores keep the order of the label set."""
+    probabilities = normalise_scores(scores, temperature=temperature)
+    order = np.argsort(-scores, axis=1, kind="stable")
+    return [
+        Ranking(
+            case_id=case.case_id,
+            label_ids=tuple(labels[column].id for column in columns),
+            probabilities=tuple(float(row[column]) for column in columns),
+            teacher_digest=digest,
+        )
+        for case, row, columns in zip(cases, probabilities, order, strict=True)
+    ]
+
+
+def digest_folder(folder: pathlib.Path) -> str:
+    """`sha256:...` over the names and bytes of all files in `folder`."""
+    hasher = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        hasher.update(path.relative_to(folder).as_posix().encode() + b"\0")
+        hasher.update(hashlib.sha256(path.read_bytes()).digest())
+    return f"sha256:{hasher.hexdigest()}"
+
+
+def _score(teacher: Teacher, cases: Sequence[Case]) -> np.ndarray:
+    """Scores of `cases` without their labels, checked for shape and finiteness."""
+    if not cases:
+        return np.zeros((0, len(teacher.labels)))
+    scores = np.asarray(teacher.score(_hide_labels(cases)), dtype=np.float64)
+    assert scores.shape == (len(cases), len(teacher.labels)), scores.shape
+    bad = [case.case_id for case, row in zip(cases, scores, strict=True) if not np.isfinite(row).all()]
+    if bad:
+        raise InvalidInput(
+            f"The teacher gave scores that are not finite for {len(bad)} cases: {', '.join(bad[:20])}. Its training "
+            "diverged: lower its learning rate."
+        )
+    return scores
+
+
+def _hide_labels(cases: Sequence[Case]) -> list[Case]:
+    return [case.model_copy(update={"label_id": None}) for case in cases]
+
+
+def _labelled(cases: Sequence[Case], labels: Sequence[Label], split: Split) -> list[Case]:
+    """The cases with a label, after checking that it is of the label set."""
+    known = {label.id for label in labels}
+    found = [case for case in cases if case.label_id is not None]
+    foreign = [case.case_id for case in found if case.label_id not in known]
+    if foreign:
+        raise InvalidInput(
+            f"{split}: {len(foreign)} cases have a label outside the label set of {len(labels)}: "
+            f"{', '.join(foreign[:20])}. Make the cases again with the data stage."
+        )
+    return found
+
+
+def _measure_calibration(probabilities: np.ndarray, truth: np.ndarray) -> Measurement:
+    """Expected calibration error of the first label's probability."""
+    return measure_calibration_error(
+        probabilities.max(axis=1), (probabilities.argmax(axis=1) == truth).astype(np.float64), num_bins=_NUM_BINS
+    )
