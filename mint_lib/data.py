@@ -140,7 +140,7 @@ class DataSource(abc.ABC):
 
 def open_source(config: SourceConfig, *, wanted: tuple[Label, ...] | None = None, where: str = "data") -> DataSource:
     """The source that a recipe names. Raises RecipeError as the plug-in loader does."""
-    plugin = load_plugin("data_sources", config.source, base=DataSource)  # type: ignore[type-abstract]
+    plugin = load_plugin("data_sources", config.source, base=DataSource)
     return plugin(parse_plugin_config(plugin, config.config, where=f"{where}.config"), wanted=wanted)
 
 

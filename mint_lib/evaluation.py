@@ -135,7 +135,7 @@ def evaluate_students(
         RefusedData: no test case can be measured, or too many prompts exceed the student's window.
     """
     check_names(config, students, baselines)
-    plugin = load_plugin("evaluation_tasks", config.task, base=EvaluationTask)  # type: ignore[type-abstract]
+    plugin = load_plugin("evaluation_tasks", config.task, base=EvaluationTask)
     plugin_config = parse_plugin_config(plugin, config.config, where="evaluation.config")
     tokenizer = load_tokenizer(config.student)
     material, counts = read_material(

@@ -22,6 +22,11 @@ class Step(NamedTuple):
     inputs: Mapping[str, str | Mapping[str, str]]
     """Input name to the id of the step that makes it, or to a map of names to such ids."""
 
+    @property
+    def name(self) -> str:
+        """Name of the version that the step writes."""
+        return str(self.config.model_dump()["name"])
+
 
 def list_steps(recipe: Recipe) -> list[Step]:
     """The steps of `recipe`, each after all of its inputs."""

@@ -114,7 +114,7 @@ def load_recipe(path: pathlib.Path, *, overrides: tuple[str, ...] = ()) -> Recip
     except OSError as error:
         raise RecipeError(f"Cannot read the recipe {path}: {error.strerror}. Give the path of a YAML file.") from None
     try:
-        values = yaml.load(text, Loader=_UniqueKeyLoader)  # a SafeLoader
+        values = yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 - it is a SafeLoader
     except yaml.YAMLError as error:
         raise RecipeError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
@@ -211,7 +211,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     """A SafeLoader that refuses a key given twice, which YAML would settle silently."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
         twice = {str(key) for key in keys if keys.count(key) > 1}
         if twice:
             raise yaml.constructor.ConstructorError(

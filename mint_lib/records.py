@@ -19,8 +19,8 @@ from mint_lib.errors import InvalidInput
 if TYPE_CHECKING:
     import pyarrow
 
-KINDS = ("cases", "rankings", "preferences", "student", "report", "model")
 Kind = Literal["cases", "rankings", "preferences", "student", "report", "model"]
+KINDS: tuple[Kind, ...] = ("cases", "rankings", "preferences", "student", "report", "model")
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]

@@ -73,7 +73,7 @@ def plan(recipe: RecipePath, overrides: Overrides = None) -> None:
     with open_store() as store:
         planned = plan_steps(loaded, store=store)
     for item in planned:
-        kind_and_name = f"{item.step.stage} -> {item.step.config.name}"  # type: ignore[attr-defined]
+        kind_and_name = f"{item.step.stage} -> {item.step.name}"
         state = f"cached as {item.reference}" if item.reference else "would run and write a new version"
         console.print(f"\n[bold]{item.step.id}[/bold]  {kind_and_name}  [green]{state}[/green]", highlight=False)
         if item.estimate:
@@ -109,11 +109,12 @@ def list_versions(kind: Annotated[str | None, typer.Argument(help="cases, rankin
     from pipelines.result import print_versions
     from pipelines.stores import open_store
 
-    if kind is not None and kind not in KINDS:
+    wanted = [each_kind for each_kind in KINDS if kind in (None, each_kind)]
+    if not wanted:
         raise InvalidInput(f"{kind!r} is not a kind. Choose one of: {', '.join(KINDS)}.")
     console = _console()
     with open_store() as store:
-        for each_kind in [kind] if kind else KINDS:
+        for each_kind in wanted:
             for name in store.list_names(each_kind):
                 print_versions(each_kind, name, store=store, console=console)
 
@@ -129,14 +130,20 @@ def show(reference: ReferenceText) -> None:
 
 
 @app.command()
-def promote(reference: ReferenceText, who: Who, why: Why) -> None:
+def promote(
+    model: Annotated[
+        str, typer.Argument(help="A model's name (its candidate), model/name@v000001 or a full reference")
+    ],
+    who: Who,
+    why: Why,
+) -> None:
     """Make a model the champion. Refused unless its report passed the gate."""
     from mint_lib.registry import promote_model
     from pipelines.stores import open_store
 
     with open_store() as store:
-        promote_model(store, store.resolve(reference), who=who, why=why)
-        _console().print(f"champion is {store.resolve(reference)}", highlight=False, soft_wrap=True)
+        alias = promote_model(store, model, who=who, why=why)
+        _console().print(f"champion is {alias.reference}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -148,7 +155,8 @@ def rollback(
     from pipelines.stores import open_store
 
     with open_store() as store:
-        _console().print(f"champion is {rollback_model(store, name, who=who, why=why)}", highlight=False, soft_wrap=True)
+        alias = rollback_model(store, name, who=who, why=why)
+        _console().print(f"champion is {alias.reference}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -198,7 +206,9 @@ def _add_stage_command(stage: str, doc: str) -> None:
             list[str] | None,
             typer.Option("--input", metavar="NAME=REFERENCE", help="Use this input instead of the recipe's own output"),
         ] = None,
-        step: Annotated[str | None, typer.Option(help="Which step, where the recipe has several: see mint plan")] = None,
+        step: Annotated[
+            str | None, typer.Option(help="Which step, where the recipe has several: see mint plan")
+        ] = None,
         overrides: Overrides = None,
     ) -> None:
         from pipelines.single_step import run_single_step

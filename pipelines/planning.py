@@ -7,9 +7,10 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from mint_lib.alignment import AlignmentConfig
 from mint_lib.flow import Step, list_steps
-from mint_lib.records import Reference
 from mint_lib.recipe import Recipe
+from mint_lib.records import Reference
 from mint_lib.stages import output_key
 from mint_lib.store import Store
 
@@ -57,6 +58,7 @@ def _estimate(step: Step, known: Mapping[str, Reference], store: Store) -> str:
         return f"at most {cases * pairs_per_case} training pairs from {cases} cases"
     if step.stage == "alignment" and str(step.inputs["preferences"]) in known:
         counts = store.record(known[str(step.inputs["preferences"])]).counts
-        num_steps = math.ceil(counts["train_num_paired_cases"] / step.config.trees_per_batch) * step.config.epochs
+        config = AlignmentConfig.model_validate(step.config.model_dump())
+        num_steps = math.ceil(counts["train_num_paired_cases"] / config.trees_per_batch) * config.epochs
         return f"at most {num_steps} optimizer steps on {counts['train_num_pairs']} pairs"
     return ""

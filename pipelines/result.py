@@ -9,16 +9,15 @@ from rich.table import Table
 from rich.tree import Tree
 
 from mint_lib.errors import NotFound
-from mint_lib.records import EvaluationReport, Estimate, Kind, Reference
+from mint_lib.records import Estimate, EvaluationReport, Kind, Reference
 from mint_lib.store import Store
 from pipelines.planning import PlannedStep
 
 ALIASES = ("champion", "candidate")
+SHOWN_METRICS = ("top_1", "top_3", "mrr", "coverage", "car", "generated_top_1")
 
 
-def print_result(
-    planned: list[PlannedStep], *, store: Store, console: Console, folder: pathlib.Path
-) -> None:
+def print_result(planned: list[PlannedStep], *, store: Store, console: Console, folder: pathlib.Path) -> None:
     """The numbers of every system, the verdict, and where the report and the student are."""
     outputs = {item.step.stage: item.reference for item in reversed(planned) if item.reference is not None}
     report_reference = outputs["evaluation"]
@@ -87,9 +86,10 @@ def _grow_lineage(tree: Tree, reference: Reference, store: Store, seen: set[Refe
 
 
 def _systems_table(report: EvaluationReport) -> Table:
-    shown = [name for name in report.metrics if any(name in values for values in report.systems.values())][:6]
+    shown = [name for name in SHOWN_METRICS if name in report.metrics]
     table = Table("system", "role", *(report.metrics[name].title for name in shown), box=None, pad_edge=False)
-    for system, values in report.systems.items():
+    for system in report.order:
+        values = report.systems[system]
         row = [_format(values.get(name), report.metrics[name].unit) for name in shown]
         style = "bold" if system == report.main else None
         table.add_row(system, report.roles[system], *row, style=style)

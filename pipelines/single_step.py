@@ -1,8 +1,8 @@
 """Runs one step of a recipe in this process, its inputs taken from the store or from the command line."""
 
 from mint_lib.errors import InvalidInput
-from mint_lib.records import Reference
 from mint_lib.recipe import Recipe
+from mint_lib.records import Reference
 from mint_lib.stages import run_stage
 from mint_lib.store import Store
 from pipelines.planning import PlannedStep, plan_steps

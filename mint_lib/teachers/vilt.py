@@ -127,6 +127,8 @@ class ViltTeacher(Teacher):
 
         if not train:
             raise InvalidInput("The vilt teacher learns from labelled training cases, and train has none.")
+        if self.config.architecture is not None and not torch.cuda.is_available():
+            torch.set_num_threads(1)  # matrices this small are slower on two threads, and far slower on busy ones
         columns = {label.id: column for column, label in enumerate(self.labels)}
         targets = [columns[case.label_id] for case in train if case.label_id is not None]
         truth = np.array([columns[case.label_id] for case in validation if case.label_id is not None])

@@ -13,7 +13,9 @@ from mint_lib.store import Store
 RECIPE = pathlib.Path(__file__).parent / "recipes" / "tiny.yaml"
 
 
-def mint(folder: pathlib.Path, *arguments: str, seconds: int = 400, **environment: str) -> subprocess.CompletedProcess[str]:
+def mint(
+    folder: pathlib.Path, *arguments: str, seconds: int = 400, **environment: str
+) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pipelines.cli", *arguments]
     return subprocess.run(
         command, cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True, timeout=seconds
@@ -112,7 +114,11 @@ def test_ls_shows_the_candidate(folder, store):
     [
         (("preferences", "--set", "preferences.bottom_q=5"), r"top_k 2|2 \+ 5|label", "preferences"),
         (("preferences", "--set", "student.window_tokens=40"), "PromptTooLong", "preferences"),
-        (("teacher", "--set", "teacher.floor={metric: top_1, value: 1.0}", "--set", "data.config.photo_share=0"), "GateFailed", "rankings"),
+        (
+            ("teacher", "--set", "teacher.floor={metric: top_1, value: 1.0}", "--set", "data.config.photo_share=0"),
+            "GateFailed",
+            "rankings",
+        ),
     ],
 )
 def test_bad_setting_is_refused_by_its_stage_and_nothing_is_written(folder, store, arguments, message, kind):

@@ -41,7 +41,10 @@ def test_every_step_comes_after_its_inputs(path):
     [
         ({"aligment": {}}, "aligment: unknown key; did you mean 'alignment'"),
         ({"preferences": {"topk": 3}}, "preferences.topk: unknown key; did you mean 'top_k'"),
-        ({"data": {"source": "simulated_patients", "config": {"patients_per_labels": 3}}}, "did you mean 'patients_per_label'"),
+        (
+            {"data": {"source": "simulated_patients", "config": {"patients_per_labels": 3}}},
+            "did you mean 'patients_per_label'",
+        ),
         ({"teacher": {"model": "vlt"}}, "Did you mean 'vilt'"),
         ({"alignment": {"lora": {"rnk": 2}}}, "alignment.lora.rnk: unknown key; did you mean 'rank'"),
         ({"alignment": {"epochs": "many"}}, r"alignment.epochs: .*integer.*'many'"),
@@ -121,7 +124,19 @@ def test_schema_accepts_every_recipe_and_refuses_an_unknown_key():
 
 
 def test_recipe_loads_without_any_heavy_package():
-    heavy = ["torch", "transformers", "ray", "trl", "peft", "deepspeed", "kfp", "kserve", "pyarrow", "matplotlib", "datasets"]
+    heavy = [
+        "torch",
+        "transformers",
+        "ray",
+        "trl",
+        "peft",
+        "deepspeed",
+        "kfp",
+        "kserve",
+        "pyarrow",
+        "matplotlib",
+        "datasets",
+    ]
     code = (
         "import pathlib, sys; from mint_lib.recipe import load_recipe\n"
         f"load_recipe(pathlib.Path({str(QUICKSTART)!r}))\n"

