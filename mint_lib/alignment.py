@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from mint_lib.adapter import LoraConfig, add_adapter
 from mint_lib.errors import InvalidInput, MintError, PromptTooLong
-from mint_lib.frozen_layers import cache_frozen_layers
 from mint_lib.plugins import load_plugin, parse_plugin_config
-from mint_lib.ray_training import WorkerResources, train_on_ray
 from mint_lib.records import Label, Name, PreferencePair, Reference, StageRecord, code_version
 from mint_lib.student import StudentConfig, load_student, load_tokenizer, student_digest
 from mint_lib.template import Template
-from mint_lib.training_callbacks import TrainingState, Validation, draw_cases, watch_training
+from mint_lib.training.adapter import LoraConfig, add_adapter
+from mint_lib.training.frozen_layers import cache_frozen_layers
+from mint_lib.training.on_ray import WorkerResources, train_on_ray
+from mint_lib.training.watch import TrainingState, Validation, draw_cases, watch_training
 
 if TYPE_CHECKING:
     import torch
@@ -253,9 +253,14 @@ def _train(payload: dict[str, Any]) -> None:
                 return
             shutil.copytree(folder / "started" / "best", folder / "best")
         state = TrainingState.read(folder / "started") if started else TrainingState()
-        if config.frozen_layers == "cache" and config.lora.last_layers is not None:
-            cache_frozen_layers(trainer, last_layers=config.lora.last_layers, pad_token_id=tokenizer.pad_token_id)
         progress = payload["progress"]
+        if config.frozen_layers == "cache" and config.lora.last_layers is not None:
+            cache_frozen_layers(
+                trainer,
+                last_layers=config.lora.last_layers,
+                pad_token_id=tokenizer.pad_token_id,
+                tell=lambda done, total: progress.tell(done, total, {}, activity="frozen layers"),
+            )
         watch_training(
             trainer,
             validation=Validation(

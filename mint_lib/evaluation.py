@@ -15,17 +15,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 from pydantic import BaseModel, ConfigDict, Field
 
 from mint_lib.errors import InvalidInput
-from mint_lib.findings import (
-    GateRule,
-    Measured,
-    PairedTest,
-    Resampling,
-    compare_systems,
-    decide_gate,
-    estimate_slices,
-    estimate_systems,
-)
-from mint_lib.material import Material, check_rankings, read_material
 from mint_lib.plugins import load_plugin, parse_plugin_config
 from mint_lib.records import (
     EvaluationReport,
@@ -38,9 +27,20 @@ from mint_lib.records import (
     code_version,
     prediction_schema,
 )
-from mint_lib.report import render_report
-from mint_lib.report_exhibits import collect_exhibits
-from mint_lib.report_text import describe_findings, describe_headline
+from mint_lib.reporting.exhibits import collect_exhibits
+from mint_lib.reporting.findings import (
+    GateRule,
+    Measured,
+    PairedTest,
+    Resampling,
+    compare_systems,
+    decide_gate,
+    estimate_slices,
+    estimate_systems,
+)
+from mint_lib.reporting.material import Material, check_rankings, read_material
+from mint_lib.reporting.page import render_report
+from mint_lib.reporting.sentences import describe_findings, describe_headline
 from mint_lib.statistics import Measurement
 from mint_lib.student import StudentConfig, load_student, load_tokenizer
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from mint_lib.errors import Conflict, GateFailed, InvalidInput, NotFound
 from mint_lib.records import EvaluationReport, ModelCard, Name, Reference, StageRecord, code_version
-from mint_lib.report_text import describe_rule, render_card
+from mint_lib.reporting.sentences import describe_rule, render_card
 
 if TYPE_CHECKING:
     from mint_lib.storage.aliases import Alias

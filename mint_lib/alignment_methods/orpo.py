@@ -15,8 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from mint_lib.alignment import AlignmentMethod
 from mint_lib.packing import predict_edges
-from mint_lib.preference_trees import PackedPairs, average_pairs, collate_pairs, grow_trees
 from mint_lib.records import PreferencePair
+from mint_lib.training.preference_trees import PackedPairs, average_pairs, collate_pairs, grow_trees
 
 if TYPE_CHECKING:
     import torch

@@ -13,8 +13,8 @@ from typing import Any, Self
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from mint_lib.clinical.ontology import Ontology, load_ontology
 from mint_lib.errors import IntegrityError, InvalidInput
-from mint_lib.ontology import Ontology, load_ontology
 from mint_lib.progress import track_progress
 from mint_lib.records import Case, Label
 from mint_lib.teacher import Teacher

@@ -19,7 +19,7 @@ from mint_lib.errors import InvalidInput
 from mint_lib.progress import Progress
 from mint_lib.records import Case, Label
 from mint_lib.teacher import Teacher
-from mint_lib.vilt_inputs import (
+from mint_lib.vilt.inputs import (
     CELL_PIXELS,
     EDGE_DIRECTIONS,
     PHRASE_ENDS,
@@ -31,7 +31,7 @@ from mint_lib.vilt_inputs import (
     vary_findings,
     vary_photo,
 )
-from mint_lib.vilt_model import Batch, TrainingPlan, build_network, compute_logits, fit_network, standardise_photos
+from mint_lib.vilt.model import Batch, TrainingPlan, build_network, compute_logits, fit_network, standardise_photos
 
 
 class Architecture(BaseModel):

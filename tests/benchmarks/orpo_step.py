@@ -86,7 +86,7 @@ def make_ours(model: Any, shape: Shape, *, with_prompt: bool) -> Callable[[], An
     """A function that gives our loss."""
     from mint_lib.alignment_methods.orpo import orpo_loss
     from mint_lib.packing import pack_tree, predict_edges
-    from mint_lib.preference_trees import PairTree, collate_pairs
+    from mint_lib.training.preference_trees import PairTree, collate_pairs
 
     trees = []
     for prompt, chosen, rejected in draw_rows(shape):

@@ -12,13 +12,13 @@ import psutil
 import pyarrow.fs
 import pytest
 
-from mint_lib import ray_training
-from mint_lib.adapter import LoraConfig
 from mint_lib.alignment import AlignmentConfig, align_student
 from mint_lib.errors import InvalidInput, PromptTooLong
 from mint_lib.records import Label, PreferencePair, Reference, StageRecord, pair_schema
 from mint_lib.student import StudentConfig, load_student, load_tokenizer, rank_labels, student_digest
 from mint_lib.template import Template
+from mint_lib.training import on_ray
+from mint_lib.training.adapter import LoraConfig
 
 TEMPLATE = Template.load("rare_disease").with_num_answers(1)
 LABELS = [Label(id=f"OMIM:{index}", name=name) for index, name in enumerate(["Noonan", "Kabuki", "Marfan"])]
@@ -84,7 +84,7 @@ def list_run_files(store):
 
 @pytest.fixture(scope="module", autouse=True)
 def one_ray_session():
-    with ray_training.ray_session(2):
+    with on_ray.ray_session(2):
         yield
 
 

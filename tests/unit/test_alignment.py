@@ -5,15 +5,15 @@ import json
 import pytest
 import torch
 
-from mint_lib.adapter import LoraConfig, add_adapter
 from mint_lib.alignment import AlignmentConfig, AlignmentMethod, _trainer_arguments
 from mint_lib.errors import PromptTooLong, RefusedData
-from mint_lib.frozen_layers import cache_frozen_layers
 from mint_lib.plugins import list_plugins, load_plugin
 from mint_lib.records import Label, PreferencePair
 from mint_lib.student import StudentConfig, load_student, load_tokenizer
 from mint_lib.template import Template
-from mint_lib.training_callbacks import TrainingState, Validation, draw_cases, watch_training
+from mint_lib.training.adapter import LoraConfig, add_adapter
+from mint_lib.training.frozen_layers import cache_frozen_layers
+from mint_lib.training.watch import TrainingState, Validation, draw_cases, watch_training
 
 TINY = StudentConfig(model="tiny")
 TEMPLATE = Template.load("rare_disease").with_num_answers(1)
@@ -203,7 +203,9 @@ def test_alignment_cached_frozen_layers_change_no_number(method_name, tmp_path):
             lambda module, _inputs, _output, calls=calls: calls.append(module.training)
         )
         if mode == "cache":
-            cache_frozen_layers(trainer, last_layers=1, pad_token_id=tokenizer.pad_token_id)
+            cache_frozen_layers(
+                trainer, last_layers=1, pad_token_id=tokenizer.pad_token_id, tell=lambda done, total: None
+            )
         watch(trainer, tokenizer, tmp_path / mode, TrainingState(), validate_every_steps=1000)
         trainer.train()
         assert (True in calls) == (mode == "recompute"), "in training the frozen layers run only where nothing is kept"

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from mint_lib.clinical_text import Sex, TextConfig, describe_person, render_case_text
-from mint_lib.ontology import Disease, Ontology, Synonym, Term
+from mint_lib.clinical.clinical_text import Sex, TextConfig, describe_person, render_case_text
+from mint_lib.clinical.ontology import Disease, Ontology, Synonym, Term
 from mint_lib.records import Finding
 
 

@@ -12,10 +12,10 @@ from mint_lib.evaluation import (
     check_names,
     flatten_metrics,
 )
-from mint_lib.findings import GateRule, Resampling, compare_systems, decide_gate, estimate_slices
-from mint_lib.material import Material, check_rankings, select_cases
 from mint_lib.plugins import load_plugin
 from mint_lib.records import Case, EvaluationReport, Label, Prediction, Ranking, Reference
+from mint_lib.reporting.findings import GateRule, Resampling, compare_systems, decide_gate, estimate_slices
+from mint_lib.reporting.material import Material, check_rankings, select_cases
 from mint_lib.statistics import Measurement, measure_mean
 from mint_lib.student import StudentConfig
 from mint_lib.template import Template

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mint_lib.face_photo import AXES, FaceConfig, draw_parameters, draw_photo, find_axes
+from mint_lib.clinical.face_photo import AXES, FaceConfig, draw_parameters, draw_photo, find_axes
 
 CONFIG = FaceConfig()
 INDEX = {axis.name: index for index, axis in enumerate(AXES)}

@@ -7,9 +7,8 @@ import time
 
 import pytest
 
-from mint_lib import ontology as ontology_module
-from mint_lib.errors import InvalidInput, MissingDependency
-from mint_lib.ontology import (
+from mint_lib.clinical import ontology as ontology_module
+from mint_lib.clinical.ontology import (
     Ontology,
     belongs_to_family,
     combine_frequencies,
@@ -17,6 +16,7 @@ from mint_lib.ontology import (
     load_ontology,
     make_labels,
 )
+from mint_lib.errors import InvalidInput, MissingDependency
 
 OBO = """format-version: 1.2
 data-version: hp/releases/2030-02-03

@@ -8,9 +8,9 @@ import torch
 
 from mint_lib.alignment_methods.orpo import Orpo, log1mexp, orpo_loss
 from mint_lib.packing import predict_edges
-from mint_lib.preference_trees import average_pairs, collate_pairs, grow_trees, score_pairs
 from mint_lib.records import PreferencePair, Turn
 from mint_lib.student import StudentConfig, encode_answer, encode_prompt, load_student, load_tokenizer
+from mint_lib.training.preference_trees import average_pairs, collate_pairs, grow_trees, score_pairs
 
 TINY = StudentConfig(model="tiny")
 BETA = 0.1

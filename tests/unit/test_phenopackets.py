@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mint_lib.clinical.phenopacket_files import parse_age
 from mint_lib.data import LeftOut, Row
 from mint_lib.data_sources.phenopackets import Phenopackets
 from mint_lib.errors import InvalidInput
-from mint_lib.phenopacket_files import parse_age
 from mint_lib.records import Label
 from mint_lib.storage.client import S3
 from mint_lib.storage.settings import S3Settings
@@ -227,8 +227,8 @@ def test_simulated_patients_teach_a_linear_model_to_read_real_cases() -> None:
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
 
+    from mint_lib.clinical.ontology import load_ontology
     from mint_lib.data_sources.simulated_patients import SimulatedPatients
-    from mint_lib.ontology import load_ontology
 
     where = {"pmid_in_hpoa": False, "usable": True, "disease_in_hpoa": True}
     diseases = load_ontology().diseases

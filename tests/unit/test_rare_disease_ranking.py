@@ -3,12 +3,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mint_lib.disease_names import NameTable
+from mint_lib.clinical.disease_names import NameTable
 from mint_lib.evaluation_tasks import rare_disease_ranking
 from mint_lib.evaluation_tasks.rare_disease_ranking import RareDiseaseRanking
-from mint_lib.material import Material
-from mint_lib.ranking_scores import TeacherSides, measure_agreement, measure_generation, measure_ranking
 from mint_lib.records import Case, Label, Prediction, Ranking
+from mint_lib.reporting.material import Material
+from mint_lib.reporting.ranking_scores import TeacherSides, measure_agreement, measure_generation, measure_ranking
 from mint_lib.statistics import GroupBootstrap, Measurement
 from mint_lib.template import Template
 

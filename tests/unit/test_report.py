@@ -17,10 +17,10 @@ from mint_lib.records import (
     ModelCard,
     Prediction,
 )
-from mint_lib.report import render_report
-from mint_lib.report_exhibits import Exhibits, collect_confusions, collect_curves, collect_exhibits
-from mint_lib.report_plots import draw_confusion
-from mint_lib.report_text import (
+from mint_lib.reporting.exhibits import Exhibits, collect_confusions, collect_curves, collect_exhibits
+from mint_lib.reporting.page import render_report
+from mint_lib.reporting.plots import draw_confusion
+from mint_lib.reporting.sentences import (
     describe_findings,
     describe_headline,
     describe_rule,

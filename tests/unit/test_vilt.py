@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from mint_lib.errors import InvalidInput
 from mint_lib.records import Case, Label
 from mint_lib.teachers.vilt import ViltTeacher
-from mint_lib.vilt_inputs import find_edges, make_word_tokenizer, read_photo, split_windows, vary_findings, vary_photo
+from mint_lib.vilt.inputs import find_edges, make_word_tokenizer, read_photo, split_windows, vary_findings, vary_photo
 
 LABELS = [Label(id=f"OMIM:{number}", name=f"Disease {number}") for number in range(4)]
 

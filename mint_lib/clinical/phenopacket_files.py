@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from mint_lib.clinical_text import Sex
+from mint_lib.clinical.clinical_text import Sex
 from mint_lib.errors import InvalidInput, NotFound
 from mint_lib.records import Finding, Split
 from mint_lib.storage.client import S3

@@ -14,10 +14,10 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mint_lib.errors import RefusedData
-from mint_lib.preference_trees import grow_trees, score_pairs
 from mint_lib.records import Label, PreferencePair
 from mint_lib.student import rank_labels
 from mint_lib.template import Template
+from mint_lib.training.preference_trees import grow_trees, score_pairs
 
 if TYPE_CHECKING:
     import transformers

@@ -9,7 +9,7 @@ Shape suffixes: B rows, T places, H hidden size.
 
 import hashlib
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -93,14 +93,23 @@ class FrozenLayers:
         return skip_or_run
 
 
-def cache_frozen_layers(trainer: "transformers.Trainer", *, last_layers: int, pad_token_id: int) -> None:
-    """Keep what all but the `last_layers` of the trainer's model give for every training row, in the order of rows."""
+def cache_frozen_layers(
+    trainer: "transformers.Trainer", *, last_layers: int, pad_token_id: int, tell: Callable[[int, int], None]
+) -> None:
+    """Keep what all but the `last_layers` of the trainer's model give for every training row, in the order of rows.
+
+    `tell` is called with the rows done and all rows.
+    """
     base = trainer.model.get_base_model()
     rows, size = trainer.train_dataset, trainer.args.per_device_train_batch_size
-    chunks = (
-        [rows[index] for index in range(start, min(start + size, len(rows)))] for start in range(0, len(rows), size)
-    )
-    batches = (trainer._prepare_inputs(trainer.data_collator(chunk)) for chunk in chunks)
+
+    def batches() -> Iterator[Mapping[str, Any]]:
+        for start in range(0, len(rows), size):
+            tell(start, len(rows))
+            chunk = [rows[index] for index in range(start, min(start + size, len(rows)))]
+            yield trainer._prepare_inputs(trainer.data_collator(chunk))
+        tell(len(rows), len(rows))
+
     num_frozen = base.config.num_hidden_layers - last_layers
-    num_bytes = FrozenLayers(base.get_decoder(), num_frozen=num_frozen, pad_token_id=pad_token_id).fill(batches)
+    num_bytes = FrozenLayers(base.get_decoder(), num_frozen=num_frozen, pad_token_id=pad_token_id).fill(batches())
     logger.info("kept the output of %d frozen layers: %.0f MB", num_frozen, num_bytes / 1e6)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from mint_lib.face_drawing import draw_head
+from mint_lib.clinical.face_drawing import draw_head
 
 if TYPE_CHECKING:
     import numpy as np
@@ -133,7 +133,7 @@ def draw_photo(
     )
     image = _mark(_light(image, config.size_pixels, rng))
     info = PngInfo()
-    info.add_text("synthetic", "drawn by mint_lib.face_photo; shows no real person")
+    info.add_text("synthetic", "drawn by mint_lib.clinical.face_photo; shows no real person")
     buffer = io.BytesIO()
     image.save(buffer, "PNG", pnginfo=info)
     return buffer.getvalue()

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from mint_lib.clinical_text import Sex
-from mint_lib.face_photo import find_axes
-from mint_lib.ontology import PHENOTYPIC_ABNORMALITY, Disease, Ontology
+from mint_lib.clinical.clinical_text import Sex
+from mint_lib.clinical.face_photo import find_axes
+from mint_lib.clinical.ontology import PHENOTYPIC_ABNORMALITY, Disease, Ontology
 from mint_lib.records import Finding
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from mint_lib.records import Estimate, Metric
-from mint_lib.report_exhibits import Confusion, Curve
+from mint_lib.reporting.exhibits import Confusion, Curve
 from mint_lib.statistics import ReliabilityBin
 
 if TYPE_CHECKING:

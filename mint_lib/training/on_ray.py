@@ -42,9 +42,9 @@ class ProgressReporter:
     def __init__(self, queue: "Queue"):
         self._queue = queue
 
-    def tell(self, done: int, total: int, figures: dict[str, float]) -> None:
-        """Say that `done` of `total` steps are done."""
-        self._queue.put(("progress", done, total, figures))
+    def tell(self, done: int, total: int, figures: dict[str, float], *, activity: str = "") -> None:
+        """Say that `done` of `total` steps are done, of training itself or of another activity."""
+        self._queue.put(("progress", activity, done, total, figures))
 
     def fail(self, error: MintError) -> None:
         """End the run with an error that a new attempt would meet again; the driver raises it."""
@@ -120,6 +120,8 @@ def ray_session(num_cpus: int) -> Iterator[None]:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing of a run is told to anybody
             local = {"num_cpus": max(num_cpus, os.cpu_count() or 1), "_temp_dir": folder, "include_dashboard": False}
             local["_node_ip_address"] = "127.0.0.1"
+            # Ray lowers its workers' priority by default: then whatever else the machine does starves the training.
+            os.environ.setdefault("RAY_worker_niceness", "0")
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **local)
         try:
             yield
@@ -138,7 +140,7 @@ def _follow(queue: "Queue", description: str) -> Iterator[list[MintError]]:
 
     def listen() -> None:
         with contextlib.ExitStack() as stack:
-            bar: Progress | None = None
+            bars: dict[str, Progress] = {}
             while not (finished.is_set() and queue.empty()):
                 try:
                     kind, *values = queue.get(timeout=_POLL_SECONDS)
@@ -147,10 +149,11 @@ def _follow(queue: "Queue", description: str) -> Iterator[list[MintError]]:
                 if kind == "error":
                     errors.append(values[0])
                     continue
-                done, total, figures = values
-                if bar is None:
-                    bar = stack.enter_context(Progress(description, total=total))
-                bar.advance(done - bar.done, **figures)
+                activity, done, total, figures = values
+                if activity not in bars:
+                    title = ", ".join(part for part in (description, activity) if part)
+                    bars[activity] = stack.enter_context(Progress(title, total=total))
+                bars[activity].advance(done - bars[activity].done, **figures)
 
     thread = threading.Thread(target=listen, name="training-progress", daemon=True)
     thread.start()

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from mint_lib.records import EvaluationReport
-from mint_lib.report_exhibits import Exhibits
-from mint_lib.report_plots import draw_confusion, draw_curve, draw_intervals, draw_reliability
-from mint_lib.report_text import capitalise, describe_rule, format_p_value, format_value, judge, name_system
+from mint_lib.reporting.exhibits import Exhibits
+from mint_lib.reporting.plots import draw_confusion, draw_curve, draw_intervals, draw_reliability
+from mint_lib.reporting.sentences import capitalise, describe_rule, format_p_value, format_value, judge, name_system
 
-_TEMPLATES = pathlib.Path(__file__).parent / "templates"
+_TEMPLATES = pathlib.Path(__file__).parents[1] / "templates"
 _CAUSES = {
     "refused_no_diagnosis": "Left out: the diagnosis is not known",
     "refused_other_diagnosis": "Left out: the diagnosis is not in the label set",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from mint_lib.ontology import Ontology
+from mint_lib.clinical.ontology import Ontology
 from mint_lib.records import Finding
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""From answers to a verdict: test material, scores, estimates, sentences, plots and the page."""

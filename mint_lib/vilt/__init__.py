@@ -1,0 +1,1 @@
+"""The ViLT teacher: what it reads and what it is."""
