@@ -156,7 +156,7 @@ def align_student(config: AlignmentConfig, *, store: "Store", preferences: Refer
             ),
             store=store,
             run_id=f"alignment-{hashlib.sha256(key.encode()).hexdigest()[:24]}",
-            description=f"alignment: {config.method}",
+            description=f"alignment: {config.name}",
             target=pathlib.Path(scratch) / "result",
         )
         return _write_student(config, store, preferences, folder)

@@ -50,13 +50,14 @@ class Progress:
     def __exit__(
         self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._tell({}, finished=error is None)
+        if error is None and self.done != self.total:
+            self._tell({}, finished=True)
 
     def advance(self, count: int = 1, **figures: float) -> None:
         """Count `count` units as done; `figures` are shown beside the bar."""
         self.done += count
         if time.monotonic() - self._told >= self._interval_seconds or self.done == self.total:
-            self._tell(figures)
+            self._tell(figures, finished=self.done == self.total)
 
     def _tell(self, figures: dict[str, float], *, finished: bool = False) -> None:
         self._told = time.monotonic()
