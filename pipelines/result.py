@@ -87,7 +87,8 @@ def _grow_lineage(tree: Tree, reference: Reference, store: Store, seen: set[Refe
 
 def _systems_table(report: EvaluationReport) -> Table:
     shown = [name for name in SHOWN_METRICS if name in report.metrics]
-    table = Table("system", "role", *(report.metrics[name].title for name in shown), box=None, pad_edge=False)
+    titles = [("free " if name.startswith("generated_") else "") + report.metrics[name].title for name in shown]
+    table = Table("system", "role", *titles, box=None, pad_edge=False)
     for system in report.order:
         values = report.systems[system]
         row = [_format(values.get(name), report.metrics[name].unit) for name in shown]
