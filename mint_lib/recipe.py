@@ -114,7 +114,7 @@ def load_recipe(path: pathlib.Path, *, overrides: tuple[str, ...] = ()) -> Recip
     except OSError as error:
         raise RecipeError(f"Cannot read the recipe {path}: {error.strerror}. Give the path of a YAML file.") from None
     try:
-        values = yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 - it is a SafeLoader
+        values = yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 - a SafeLoader that refuses double keys
     except yaml.YAMLError as error:
         raise RecipeError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):

@@ -76,7 +76,6 @@ def test_plan_of_a_changed_recipe_says_what_would_run_and_runs_nothing(folder, s
     before = _num_versions(store)
     done = mint(folder, "plan", str(RECIPE), "--set", "alignment.epochs=2")
     assert done.returncode == 0
-    assert "8 steps" not in done.stdout
     assert done.stdout.count("would run and write a new version") == 4  # two students, the report, the model
     assert "optimizer steps on" in done.stdout
     assert _num_versions(store) == before
