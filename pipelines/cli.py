@@ -7,8 +7,7 @@ import json
 import os
 import pathlib
 import sys
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -221,8 +220,7 @@ def _add_stage_command(stage: str, doc: str) -> None:
         typer.echo(str(reference))
 
     run_one.__doc__ = doc
-    command: Callable[..., Any] = app.command(name=stage, rich_help_panel="One stage alone")(run_one)
-    del command
+    app.command(name=stage, rich_help_panel="One stage alone")(run_one)
 
 
 for _stage, _doc in {
