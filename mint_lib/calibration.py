@@ -1,13 +1,15 @@
 """Calibration: makes a classifier's confidence mean what it says.
 
-Goes in: log-scores `[case, label]` and the index of the right label. Comes out: a temperature, probabilities and
-negative log-likelihood; `statistics` measures the calibration error. Knows neither cases nor teachers. Source: Guo et
-al., ICML 2017.
+Goes in: log-scores `[case, label]` and the index of the right label. Comes out: a temperature, probabilities, negative
+log-likelihood and calibration error. Knows neither cases nor teachers. Source: Guo et al., ICML 2017.
 """
 
 import math
 
 import numpy as np
+
+from mint_lib.records import Calibration, Reference
+from mint_lib.statistics import measure_calibration_error
 
 _RANGE = (-7.0, 7.0)
 """Natural logarithm of the temperatures searched, about 0.001 to 1,000: similarity scores are not in nats."""
@@ -51,3 +53,28 @@ def fit_temperature(scores: np.ndarray, truth: np.ndarray) -> float:
         left, right = high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)
         low, high = (low, right) if loss(left) <= loss(right) else (left, high)
     return math.exp((low + high) / 2)
+
+
+def calibrate_student(scores: np.ndarray, truth: np.ndarray, *, student: Reference) -> Calibration:
+    """The temperature for a student's log-scores of labelled validation cases, with what it changes on these cases.
+
+    The temperature has one parameter and is fitted on the same cases that the figures are about.
+    """
+    temperature = fit_temperature(scores, truth)
+    return Calibration(
+        student=str(student),
+        split="validation",
+        num_cases=len(truth),
+        temperature=temperature,
+        nll_before=negative_log_likelihood(scores, truth),
+        nll_after=negative_log_likelihood(scores, truth, temperature=temperature),
+        ece_before=_calibration_error(normalise_scores(scores), truth),
+        ece_after=_calibration_error(normalise_scores(scores, temperature=temperature), truth),
+    )
+
+
+def _calibration_error(probabilities: np.ndarray, truth: np.ndarray) -> float:
+    """Expected calibration error of the first label's probability."""
+    correct = (probabilities.argmax(axis=1) == truth).astype(np.float64)
+    measured = measure_calibration_error(probabilities.max(axis=1), correct)
+    return float(measured.statistic(measured.columns.sum(axis=0, keepdims=True))[0])

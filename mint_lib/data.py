@@ -21,18 +21,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mint_lib.errors import RefusedData
 from mint_lib.plugins import load_plugin, parse_plugin_config
-from mint_lib.records import (
-    SPLITS,
-    Case,
-    Finding,
-    Label,
-    Name,
-    Reference,
-    Split,
-    StageRecord,
-    case_schema,
-    code_version,
-)
+from mint_lib.records import SPLITS, Case, Finding, Label, Name, Reference, Split, StageRecord, code_version
+from mint_lib.rows import case_schema
 from mint_lib.splits import SplitWeights, describe_case_ids, prove_disjoint, split_cases, withhold_labels
 
 if TYPE_CHECKING:

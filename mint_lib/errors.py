@@ -12,6 +12,11 @@
     │   ├── IntegrityError             the bytes read are not the bytes that were committed
     │   ├── AccessDenied               credentials are missing, wrong or not allowed
     │   └── StoreUnreachable           no answer within the deadline, or the disk behind it is full
+    ├── ServingError (RuntimeError)    a request that the model server cannot answer
+    │   ├── Overloaded                 the queue is full; carries when to try again
+    │   ├── DeadlineExceeded           the answer was not ready in time
+    │   ├── Draining                   the server is shutting down
+    │   └── ComputationFailed          the model failed on this one request
     └── MissingDependency (ImportError)  a package, a model or a tool that this machine lacks
 
 Every one pickles (Ray and KFP carry errors between processes) and never holds the content of a case.
@@ -74,6 +79,33 @@ class AccessDenied(StoreError):
 
 class StoreUnreachable(StoreError):
     """No usable answer from the store within the deadline."""
+
+
+class ServingError(MintError, RuntimeError):
+    """The model server cannot answer a request that is in order."""
+
+
+class Overloaded(ServingError):
+    """The queue is full. `retry_after_seconds` estimates when it will not be."""
+
+    def __init__(self, message: str, retry_after_seconds: float = 1.0):
+        super().__init__(message, retry_after_seconds)
+        self.retry_after_seconds = retry_after_seconds
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class DeadlineExceeded(ServingError):
+    """The answer was not ready before the request's deadline."""
+
+
+class Draining(ServingError):
+    """The server is shutting down and takes no new request."""
+
+
+class ComputationFailed(ServingError):
+    """The model failed on this request: an exception or numbers that are not finite."""
 
 
 class MissingDependency(MintError, ImportError):

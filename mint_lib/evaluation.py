@@ -1,8 +1,9 @@
 """Evaluation: measures every system on the same test cases, with the same prompt and the same decoding.
 
 Goes in: cases, the teacher's rankings, the preferences (for the template and its k and q), students, and further
-rankings as baselines. Comes out: a version of `report` with the page, `report.json` and every prediction. What is asked
-and how it is scored is a plug-in; intervals, comparisons, slices and the gate are the same for all of them.
+rankings as baselines. Comes out: a version of `report` with the page, `report.json`, every prediction, and the main
+student's calibration on validation cases. What is asked and how it is scored is a plug-in; intervals, comparisons,
+slices and the gate are the same for all of them.
 """
 
 import abc
@@ -12,11 +13,16 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from mint_lib.calibration import calibrate_student
 from mint_lib.errors import InvalidInput
 from mint_lib.plugins import load_plugin, parse_plugin_config
+from mint_lib.progress import Progress
 from mint_lib.records import (
+    Calibration,
+    Case,
     EvaluationReport,
     Metric,
     Name,
@@ -25,7 +31,6 @@ from mint_lib.records import (
     Reference,
     StageRecord,
     code_version,
-    prediction_schema,
 )
 from mint_lib.reporting.exhibits import collect_exhibits
 from mint_lib.reporting.findings import (
@@ -38,11 +43,18 @@ from mint_lib.reporting.findings import (
     estimate_slices,
     estimate_systems,
 )
-from mint_lib.reporting.material import Material, check_rankings, read_material
+from mint_lib.reporting.material import Material, check_rankings, draw_validation_cases, read_material
 from mint_lib.reporting.page import render_report
 from mint_lib.reporting.sentences import describe_findings, describe_headline
+from mint_lib.rows import prediction_schema
 from mint_lib.statistics import Measurement
-from mint_lib.student import StudentConfig, load_student, load_tokenizer
+from mint_lib.student import (
+    StudentConfig,
+    load_student,
+    load_tokenizer,
+    rank_labels,
+)
+from mint_lib.template import Template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -80,6 +92,8 @@ class EvaluationConfig(BaseModel):
     """Attributes of the cases by which results are shown apart, beside family, photo and label."""
     max_refused_share: float = Field(default=0.05, ge=0.0, lt=1.0)
     """Share of the test cases whose prompt may exceed the student's window before the evaluation is refused."""
+    calibration_cases: int = Field(default=64, ge=0)
+    """Labelled validation cases, drawn with the seed, on which the main student is calibrated; 0: it is not."""
 
 
 class EvaluationTask(abc.ABC):
@@ -159,12 +173,18 @@ def evaluate_students(
     answers[BASE] = task.answer(_place(load_student(config.student)), tokenizer, system=BASE)
     histories: dict[str, list[dict[str, float]]] = {}
     notes = list(task.describe())
+    calibration: Calibration | None = None
+    # The first run of the main arm is the one that is registered.
+    registered = next(name for name in students if name.partition("/")[0] == config.main)
     for name, reference in students.items():
         notes += check_student(config, material, store, name, reference)
         histories[name] = cast(list[dict[str, float]], store.read_json(reference, "history.json"))
         with tempfile.TemporaryDirectory() as folder:
             adapter = store.download(reference, pathlib.Path(folder), prefix="adapter")
-            answers[name] = task.answer(_place(load_student(config.student, adapter)), tokenizer, system=name)
+            model = _place(load_student(config.student, adapter))
+            answers[name] = task.answer(model, tokenizer, system=name)
+            if name == registered:
+                calibration = calibrate_main(config, material, store, model, tokenizer, student=reference, cases=cases)
     named = {"cases": cases, "rankings": rankings, "preferences": preferences} | {
         f"{kind}.{name}": reference
         for kind, references in (("students", students), ("baselines", baselines))
@@ -177,6 +197,8 @@ def evaluate_students(
         version.add_bytes("report.html", render_report(report, exhibits).encode())
         version.add_json("report.json", report.model_dump(mode="json"))
         version.add_rows("predictions.parquet", [row for rows in answers.values() for row in rows], prediction_schema())
+        if calibration is not None:
+            version.add_json("calibration.json", calibration.model_dump(mode="json"))
         return version.commit(
             StageRecord(
                 stage="evaluation",
@@ -225,6 +247,43 @@ def check_student(
     if store.read_bytes(reference, "template.yaml") != material.template.data:
         return [f"{name} was trained with another prompt than the one that every system is asked with here."]
     return []
+
+
+def calibrate_main(
+    config: EvaluationConfig,
+    material: Material,
+    store: "Store",
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    student: Reference,
+    cases: Reference,
+) -> Calibration | None:
+    """The main student's calibration on validation cases, asked as it is served: with the prompt it was trained on.
+
+    None if no validation case has a diagnosis of the label set and a prompt that fits the window.
+    """
+    if not config.calibration_cases:
+        return None
+    template = Template.from_bytes(store.read_bytes(student, "template.yaml"))
+    drawn = draw_validation_cases(
+        store.read_rows(cases, "validation.parquet", Case),
+        material.labels,
+        template,
+        tokenizer,
+        window_tokens=config.student.window_tokens,
+        num_cases=config.calibration_cases,
+        seed=config.seed,
+    )
+    if not drawn:
+        logger.warning("evaluation: no labelled validation case; %s is not calibrated", config.main)
+        return None
+    prompts = [template.prompt(case.text or "") for case in drawn]
+    with Progress(f"evaluation: calibration of {config.main}", total=len(prompts)) as progress:
+        scores_NL = rank_labels(model, tokenizer, template, material.labels, prompts, progress=progress.advance)
+    columns = {label.id: column for column, label in enumerate(material.labels)}
+    truth_N = np.array([columns[str(case.label_id)] for case in drawn])
+    return calibrate_student(scores_NL, truth_N, student=student)
 
 
 def build_report(

@@ -19,18 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 from mint_lib.errors import InvalidInput, PromptTooLong, RefusedData
 from mint_lib.pair_checks import PairChecker, PairLengths, Preference, describe_pairs
 from mint_lib.progress import track_progress
-from mint_lib.records import (
-    Case,
-    Label,
-    Name,
-    PreferencePair,
-    Ranking,
-    Reference,
-    Split,
-    StageRecord,
-    code_version,
-    pair_schema,
-)
+from mint_lib.records import Case, Label, Name, PreferencePair, Ranking, Reference, Split, StageRecord, code_version
+from mint_lib.rows import pair_schema
 from mint_lib.student import StudentConfig, load_tokenizer
 from mint_lib.template import Template, normalise_name
 

@@ -5,7 +5,7 @@ with every plug-in's config resolved to its defaults. Loads without torch; knows
 """
 
 import pathlib
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -18,9 +18,11 @@ from mint_lib.plugins import describe_validation_error, load_plugin, parse_plugi
 from mint_lib.preferences import PreferencesConfig
 from mint_lib.records import Name
 from mint_lib.registry import RegistryConfig
+from mint_lib.serving import ServingConfig
 from mint_lib.student import StudentConfig
 from mint_lib.teacher import Teacher, TeacherConfig
 
+M = TypeVar("M", bound=BaseModel)
 SHARED_KEYS = ("name", "seed", "student")
 _SECTIONS: dict[str, type[BaseModel]] = {
     "data": DataConfig,
@@ -76,6 +78,8 @@ class Recipe(BaseModel):
     """Make every arm once for each of these seeds. Empty: once, with `seed`."""
     evaluation: EvaluationConfig
     registry: RegistryConfig
+    serving: ServingConfig = ServingConfig()
+    """How the registered model is served by `mint run --serve`; no step of the flow."""
 
     @model_validator(mode="before")
     @classmethod
@@ -182,6 +186,17 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         if not isinstance(here, dict):
             raise RecipeError(f"--set {override!r}: {part!r} is a value, not a section.")
     here[last] = yaml.safe_load(value)
+
+
+def parse_section(name: str, model: type[M], overrides: tuple[str, ...]) -> M:
+    """The section `name` from `key=value` overrides alone. Raises RecipeError as `load_recipe` does."""
+    values: dict[str, Any] = {}
+    for override in overrides:
+        apply_override(values, override)
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError(describe_validation_error(error, model, where=name)) from None
 
 
 def recipe_json_schema() -> dict[str, Any]:

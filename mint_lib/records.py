@@ -1,32 +1,30 @@
-"""The records that cross a boundary between stages: frozen, validated, and written in open formats.
+"""The records that cross a boundary between stages: frozen and validated.
 
-Goes in: values. Comes out: `Reference`, `Label`, `Case`, `Ranking`, `PreferencePair`, `StageRecord` and their
-Arrow schemas. This module knows neither the store nor any stage.
+Goes in: values. Comes out: `Reference`, `Label`, `Case`, `Ranking`, `PreferencePair`, `StageRecord` and the records of
+a report and a model. This module knows neither files, the store nor any stage; `rows` writes records as Parquet.
 """
 
 import functools
 import hashlib
 import pathlib
 import re
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Annotated, Literal, Self, TypeVar
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 import mint_lib
 from mint_lib.errors import InvalidInput
 
-if TYPE_CHECKING:
-    import pyarrow
-
-Kind = Literal["cases", "rankings", "preferences", "student", "report", "model"]
-KINDS: tuple[Kind, ...] = ("cases", "rankings", "preferences", "student", "report", "model")
+Kind = Literal["cases", "rankings", "preferences", "student", "report", "model", "base"]
+KINDS: tuple[Kind, ...] = ("cases", "rankings", "preferences", "student", "report", "model", "base")
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
 _REFERENCE = re.compile(
     r"(?P<kind>[a-z]+)/(?P<name>[a-z0-9][a-z0-9-]{0,62})@(?P<version>v\d{6,})#(?P<digest>sha256:[0-9a-f]{64})"
 )
+
+_SERVING_ONLY = frozenset(("engine", "server", "serving.py", "cluster.py", "inference_service.py"))
 
 
 class Record(BaseModel):
@@ -180,91 +178,19 @@ class StageRecord(Record):
     """Facts a reader must know, for instance that the data are synthetic."""
 
 
-def case_schema() -> "pyarrow.Schema":
-    """Arrow schema of `cases` rows; `image` is encoded bytes as Hugging Face `datasets` reads them."""
-    import pyarrow as pa
-
-    finding = pa.struct([("id", pa.string()), ("label", pa.string()), ("excluded", pa.bool_())])
-    return pa.schema(
-        [
-            pa.field("case_id", pa.string(), nullable=False),
-            pa.field("group_id", pa.string(), nullable=False),
-            ("text", pa.string()),
-            ("image", pa.binary()),
-            ("findings", pa.list_(finding)),
-            ("label_id", pa.string()),
-            ("attributes", pa.map_(pa.string(), pa.string())),
-            pa.field("source", pa.string(), nullable=False),
-            pa.field("synthetic", pa.bool_(), nullable=False),
-        ]
-    )
-
-
-def ranking_schema() -> "pyarrow.Schema":
-    """Arrow schema of `rankings` rows."""
-    import pyarrow as pa
-
-    return pa.schema(
-        [
-            pa.field("case_id", pa.string(), nullable=False),
-            pa.field("label_ids", pa.list_(pa.string()), nullable=False),
-            pa.field("probabilities", pa.list_(pa.float64()), nullable=False),
-            pa.field("teacher_digest", pa.string(), nullable=False),
-        ]
-    )
-
-
-def pair_schema() -> "pyarrow.Schema":
-    """Arrow schema of `preferences` rows."""
-    import pyarrow as pa
-
-    turn = pa.struct([("role", pa.string()), ("content", pa.string())])
-    return pa.schema(
-        [
-            pa.field("case_id", pa.string(), nullable=False),
-            pa.field("prompt", pa.list_(turn), nullable=False),
-            pa.field("chosen", pa.string(), nullable=False),
-            pa.field("rejected", pa.string(), nullable=False),
-            pa.field("chosen_label_ids", pa.list_(pa.string()), nullable=False),
-            pa.field("rejected_label_ids", pa.list_(pa.string()), nullable=False),
-            pa.field("teacher_digest", pa.string(), nullable=False),
-            pa.field("template_digest", pa.string(), nullable=False),
-            pa.field("policy", pa.string(), nullable=False),
-        ]
-    )
-
-
-R = TypeVar("R", bound=Record)
-
-
-def rows_to_parquet(rows: Iterable[Record], schema: "pyarrow.Schema") -> bytes:
-    """`rows` as one Parquet file. The same rows give the same bytes."""
-    import io
-
-    import pyarrow as pa
-    import pyarrow.parquet
-
-    table = pa.Table.from_pylist([row.model_dump() for row in rows], schema=schema)
-    buffer = io.BytesIO()
-    pyarrow.parquet.write_table(table, buffer, compression="zstd")
-    return buffer.getvalue()
-
-
-def parquet_to_rows(data: bytes, row_type: type[R]) -> list[R]:
-    """The validated rows of one Parquet file written by `rows_to_parquet`."""
-    import io
-
-    import pyarrow.parquet
-
-    rows = pyarrow.parquet.read_table(io.BytesIO(data), use_threads=False).to_pylist(maps_as_pydicts="strict")
-    return [row_type.model_validate(row) for row in rows]
-
-
 @functools.cache
 def code_version() -> str:
-    """The package's version and a hash of its sources and templates, so a cached output never outlives its code."""
+    """The package's version and a hash of the stages' sources and templates: a cached output never outlives its code.
+
+    What only serves models is left out: no output of a stage depends on it.
+    """
     folder = pathlib.Path(__file__).parent
-    sources = sorted(path for suffix in ("*.py", "*.yaml", "*.html") for path in folder.rglob(suffix))
+    sources = sorted(
+        path
+        for suffix in ("*.py", "*.yaml", "*.html")
+        for path in folder.rglob(suffix)
+        if path.relative_to(folder).parts[0] not in _SERVING_ONLY
+    )
     hasher = hashlib.sha256()
     for path in sources:
         hasher.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
@@ -284,16 +210,6 @@ class Prediction(Record):
     generated: tuple[str, ...] | None = None
     """The names of the free answer in their order: a label's id, `outside:<id>` for a disease that is not in the label
     set, `fuzzy:<id>` for a near miss, or `unknown`. None: no answer was generated for this case."""
-
-
-def prediction_schema() -> "pyarrow.Schema":
-    """Arrow schema of `predictions` rows."""
-    import pyarrow as pa
-
-    strings, floats = pa.list_(pa.string()), pa.list_(pa.float64())
-    required = [("system", pa.string()), ("case_id", pa.string()), ("label_id", pa.string())]
-    required += [("ranked_ids", strings), ("probabilities", floats)]
-    return pa.schema([*(pa.field(*field, nullable=False) for field in required), ("generated", strings)])
 
 
 class Estimate(Record):
@@ -379,6 +295,24 @@ class EvaluationReport(Record):
     confidence: float
     """Level of every interval."""
     notes: tuple[str, ...] = ()
+
+
+class Calibration(Record):
+    """How a student's log-probabilities become calibrated ones: a softmax of them divided by `temperature`."""
+
+    student: str
+    """Reference of the student that was asked."""
+    split: Literal["validation"]
+    """Never the test cases, which the report is about."""
+    num_cases: int = Field(ge=1)
+    temperature: float = Field(gt=0.0, allow_inf_nan=False)
+    nll_before: float
+    """Mean negative log-likelihood of the right label in nats, at temperature 1."""
+    nll_after: float
+    """The same at `temperature`, on the same cases."""
+    ece_before: float
+    """Expected calibration error over ten bins, at temperature 1."""
+    ece_after: float
 
 
 class ModelCard(Record):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from pydantic import BaseModel, ConfigDict, Field
 
 from mint_lib.errors import Conflict, GateFailed, InvalidInput, NotFound
-from mint_lib.records import EvaluationReport, ModelCard, Name, Reference, StageRecord, code_version
+from mint_lib.records import Calibration, EvaluationReport, ModelCard, Name, Reference, StageRecord, code_version
 from mint_lib.reporting.sentences import describe_rule, render_card
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 CANDIDATE, CHAMPION = "candidate", "champion"
+CALIBRATION = "calibration.json"
 _ATTEMPTS = 5
 _LIMITS = (
     "Not a medical device: no answer is a diagnosis or a reason to treat or not to treat.",
@@ -55,6 +56,7 @@ def register_model(config: RegistryConfig, *, store: "Store", student: Reference
     findings = read_report(store, report)
     check_report(findings, student, report)
     card = write_card(config, store, findings, student=student, report=report)
+    is_calibrated = has_calibration(store, student, report)
     with tempfile.TemporaryDirectory() as folder_name, store.write("model", config.name) as version:
         folder = store.download(student, pathlib.Path(folder_name))
         for path in sorted(store.files(student)):
@@ -62,6 +64,8 @@ def register_model(config: RegistryConfig, *, store: "Store", student: Reference
                 version.add_file(path, folder / path)
         for path in ("report.html", "report.json"):
             version.add_bytes(path, store.read_bytes(report, path))
+        if is_calibrated:
+            version.add_bytes(CALIBRATION, store.read_bytes(report, CALIBRATION))
         version.add_json("card.json", card.model_dump(mode="json"))
         version.add_bytes("card.md", render_card(card, findings).encode())
         reference = version.commit(
@@ -153,6 +157,13 @@ def check_report(findings: EvaluationReport, student: Reference, report: Referen
             f"{report} is about {', '.join(sorted(mains)) or 'no student'}, not about {student}. Register the student "
             "that the report measured as its main one, or evaluate this one."
         )
+
+
+def has_calibration(store: "Store", student: Reference, report: Reference) -> bool:
+    """Whether the report calibrated this very student; another seed of the same arm has another temperature."""
+    if CALIBRATION not in store.files(report):
+        return False
+    return Calibration.model_validate(store.read_json(report, CALIBRATION)).student == str(student)
 
 
 def write_card(

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeVar, cast
 
 from mint_lib.errors import Conflict, IntegrityError, InvalidInput, NotFound, StoreError
-from mint_lib.records import KINDS, Kind, Record, Reference, StageRecord, parquet_to_rows
+from mint_lib.records import KINDS, Kind, Record, Reference, StageRecord
+from mint_lib.rows import parquet_to_rows
 from mint_lib.storage import aliases, orphans
 from mint_lib.storage.aliases import Alias
 from mint_lib.storage.client import S3

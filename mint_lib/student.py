@@ -6,9 +6,7 @@ model repository is ever run. This module knows no stage and no store.
 """
 
 import contextlib
-import hashlib
 import itertools
-import json
 import logging
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from mint_lib.errors import InvalidInput, PromptTooLong
 from mint_lib.packing import collate_trees, group_by_length, move_to, pack_tree, predict_edges, sum_answers
 from mint_lib.records import Label, Turn
-from mint_lib.student_weights import TOKENIZER_PATTERNS, WEIGHT_PATTERNS, fetch_student_folder, hash_file
+from mint_lib.student_weights import digest_student_files, fetch_student_folder, hash_file, list_student_files
 
 if TYPE_CHECKING:
     import numpy
@@ -100,10 +98,8 @@ def load_student(config: StudentConfig, adapter: pathlib.Path | None = None) -> 
 def student_digest(config: StudentConfig) -> str:
     """`sha256:...` over what decides the base student's answers: weights, architecture, tokenizer, cut."""
     folder = fetch_student_folder(config.model, revision=config.revision)
-    hasher = hashlib.sha256(json.dumps({"num_layers": config.num_layers, "dtype": config.dtype}).encode())
-    for path in sorted({path for pattern in (*WEIGHT_PATTERNS, *TOKENIZER_PATTERNS) for path in folder.glob(pattern)}):
-        hasher.update(f"{path.name} {hash_file(path)}\n".encode())
-    return f"sha256:{hasher.hexdigest()}"
+    sums = {path.name: hash_file(path) for path in list_student_files(folder)}
+    return digest_student_files(sums, num_layers=config.num_layers, dtype=config.dtype)
 
 
 def encode_prompt(
@@ -237,10 +233,12 @@ def encode_first_items(
     follows it (a closing quote with a line break), and the student was trained on whole answers.
     """
     answers = []
-    for index, label in enumerate(labels):
-        others = [other.name for other in (*labels[index + 1 :], *labels[:index])]
-        whole = template.answer([label.name, *others[: template.num_answers - 1]])
-        first_item_end = _count_shared([template.answer([label.name]), whole])
+    names = [label.name for label in labels]
+    num_others = min(template.num_answers, len(names)) - 1
+    for index, name in enumerate(names):
+        others = [names[(index + step) % len(names)] for step in range(1, num_others + 1)]
+        first_item_end = len(template.answer([name]))
+        whole = template.answer([name, *others])
         encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
         answers.append(
             [
@@ -249,13 +247,24 @@ def encode_first_items(
                 if start < first_item_end
             ]
         )
-    for (a, first_label), (b, second_label) in itertools.permutations(zip(answers, labels, strict=True), 2):
-        if b[: len(a)] == a:
-            raise InvalidInput(
-                f"The answer for {first_label.id} begins the answer for {second_label.id}: label names must differ and "
-                "be closed, for instance by a quote. Rename a label or change the template."
-            )
+    check_told_apart(answers, labels)
     return answers
+
+
+def check_told_apart(answers: Sequence[Sequence[int]], labels: Sequence[Label]) -> None:
+    """Check that no label's token ids begin another's.
+
+    Raises:
+        InvalidInput: they do; names both labels.
+    """
+    # Whatever begins with a sequence stands right behind it when sorted, so neighbours are all there is to compare.
+    order = sorted(range(len(answers)), key=lambda index: (answers[index], index))
+    for first, second in itertools.pairwise(order):
+        if answers[second][: len(answers[first])] == answers[first]:
+            raise InvalidInput(
+                f"The answer for {labels[first].id} begins the answer for {labels[second].id}: label names must differ "
+                "and be closed, for instance by a quote. Rename a label or change the template."
+            )
 
 
 def _count_shared(sequences: Sequence[Sequence[Any]]) -> int:

@@ -6,11 +6,12 @@ Goes in: the model's name as a recipe spells it. Comes out: a local folder of sa
 
 import hashlib
 import importlib.util
+import json
 import logging
 import os
 import pathlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from mint_lib.errors import InvalidInput, MissingDependency
 
@@ -56,6 +57,19 @@ def fetch_student_folder(model: str, *, revision: str | None = None) -> pathlib.
             "convert them with save_pretrained first."
         )
     return folder
+
+
+def list_student_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The files of `folder` that decide the answers of the model in it, by name."""
+    return sorted({path for pattern in (*WEIGHT_PATTERNS, *TOKENIZER_PATTERNS) for path in folder.glob(pattern)})
+
+
+def digest_student_files(sha256_by_name: Mapping[str, str], *, num_layers: int | None, dtype: str) -> str:
+    """`sha256:...` over what decides a base student's answers: the files of `list_student_files`, and how it is cut."""
+    hasher = hashlib.sha256(json.dumps({"num_layers": num_layers, "dtype": dtype}).encode())
+    for name, sha256 in sorted(sha256_by_name.items()):
+        hasher.update(f"{name} {sha256}\n".encode())
+    return f"sha256:{hasher.hexdigest()}"
 
 
 def cache_folder() -> pathlib.Path:

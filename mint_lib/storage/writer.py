@@ -13,7 +13,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from mint_lib.errors import Conflict, InvalidInput
-from mint_lib.records import Kind, Record, Reference, StageRecord, rows_to_parquet
+from mint_lib.records import Kind, Record, Reference, StageRecord
+from mint_lib.rows import rows_to_parquet
 from mint_lib.storage.client import S3
 from mint_lib.storage.layout import Layout, is_version, number_version, spell_version
 from mint_lib.storage.manifest import (

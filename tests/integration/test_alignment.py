@@ -14,7 +14,8 @@ import pytest
 
 from mint_lib.alignment import AlignmentConfig, align_student
 from mint_lib.errors import InvalidInput, PromptTooLong
-from mint_lib.records import Label, PreferencePair, Reference, StageRecord, pair_schema
+from mint_lib.records import Label, PreferencePair, Reference, StageRecord
+from mint_lib.rows import pair_schema
 from mint_lib.student import StudentConfig, load_student, load_tokenizer, rank_labels, student_digest
 from mint_lib.template import Template
 from mint_lib.training import on_ray

@@ -4,23 +4,16 @@ import json
 import pathlib
 from typing import Any
 
+import numpy as np
 import pytest
 
+from mint_lib.calibration import fit_temperature
 from mint_lib.errors import InvalidInput
 from mint_lib.evaluation import EvaluationConfig, evaluate_students
-from mint_lib.records import (
-    Case,
-    EvaluationReport,
-    Label,
-    Prediction,
-    Ranking,
-    Reference,
-    StageRecord,
-    case_schema,
-    ranking_schema,
-)
+from mint_lib.records import Calibration, Case, EvaluationReport, Label, Prediction, Ranking, Reference, StageRecord
+from mint_lib.rows import case_schema, ranking_schema
 from mint_lib.store import Store
-from mint_lib.student import StudentConfig, load_student
+from mint_lib.student import StudentConfig, load_student, load_tokenizer, rank_labels
 from mint_lib.template import Template
 
 STUDENT = StudentConfig(model="tiny", window_tokens=1024)
@@ -122,7 +115,8 @@ def evaluate(store: Store, students: dict[str, Reference], **values: Any) -> Ref
 def test_evaluation_measures_all_systems_and_writes_a_whole_report(store: Store, tmp_path: pathlib.Path) -> None:
     students = {"orpo": write_student(store, tmp_path, "orpo"), "sft": write_student(store, tmp_path, "sft")}
     reference = evaluate(store, students, baselines={"ontology": write_rankings(store, "ontology")})
-    assert set(store.files(reference)) == {"report.html", "report.json", "predictions.parquet", "record.json"}
+    written = {"report.html", "report.json", "predictions.parquet", "calibration.json", "record.json"}
+    assert set(store.files(reference)) == written
     report = EvaluationReport.model_validate(store.read_json(reference, "report.json"))
     assert list(report.order) == ["orpo", "sft", "base", "teacher", "ontology", "majority", "chance"]
     assert report.counts["refused_no_text"] == 1
@@ -136,6 +130,31 @@ def test_evaluation_measures_all_systems_and_writes_a_whole_report(store: Store,
     assert all(abs(sum(row.probabilities) - 1) < 1e-6 for row in rows)
     record = store.record(reference)
     assert record.metrics["teacher.top_1"] == report.systems["teacher"]["top_1"].value
+
+
+def test_evaluation_calibrates_the_first_run_of_the_main_student_on_validation_cases(
+    store: Store, tmp_path: pathlib.Path
+) -> None:
+    students = {f"orpo/seed-{seed}": write_student(store, tmp_path, f"orpo-{seed}") for seed in (1, 2)}
+    reference = evaluate(store, students, config=make_config(config={}))
+    found = Calibration.model_validate(store.read_json(reference, "calibration.json"))
+    assert found.student == str(students["orpo/seed-1"])
+    assert found.num_cases == 4  # of five, one has no text
+    tokenizer = load_tokenizer(STUDENT)
+    model = load_student(STUDENT, tmp_path / "orpo-1")
+    rows = [row for row in store.read_rows(store.resolve("cases/tiny"), "validation.parquet", Case) if row.text]
+    scores = rank_labels(model, tokenizer, TEMPLATE, LABELS, [TEMPLATE.prompt(row.text or "") for row in rows])
+    truth = [IDS.index(str(row.label_id)) for row in rows]
+    # Batches of other shapes round differently: 1e-5 nats is far below what a temperature can be known to.
+    assert found.nll_before == pytest.approx(-scores[range(4), truth].mean(), abs=1e-5)
+    assert found.temperature == pytest.approx(fit_temperature(scores, np.array(truth)), rel=1e-3)
+
+
+def test_evaluation_without_calibration_cases_writes_no_calibration(store: Store, tmp_path: pathlib.Path) -> None:
+    reference = evaluate(
+        store, {"orpo": write_student(store, tmp_path, "orpo")}, config=make_config(config={}, calibration_cases=0)
+    )
+    assert "calibration.json" not in store.files(reference)
 
 
 def test_evaluation_of_observed_patients_writes_none_of_their_content(store: Store, tmp_path: pathlib.Path) -> None:

@@ -13,6 +13,17 @@ CONFIG = RegistryConfig(name="rare", licence="Apache-2.0")
 STUDENT = {"model": "tiny", "revision": None, "num_layers": 1, "window_tokens": 256, "dtype": "float32"}
 
 
+CALIBRATION = {
+    "split": "validation",
+    "num_cases": 9,
+    "temperature": 1.5,
+    "nll_before": 1.0,
+    "nll_after": 0.9,
+    "ece_before": 0.2,
+    "ece_after": 0.1,
+}
+
+
 def make_record(stage: str) -> StageRecord:
     return StageRecord(stage=stage, config={}, inputs={}, code_version="test")
 
@@ -24,7 +35,7 @@ def write_student(store: Store, number: int) -> Reference:
         return version.commit(make_record("alignment"))
 
 
-def write_report(store: Store, student: Reference, *, passed: bool) -> Reference:
+def write_report(store: Store, student: Reference, *, passed: bool, calibrated: Reference | None = None) -> Reference:
     with store.write("rankings", "rare") as version:
         version.add_json("qualification.json", {"teacher_digest": "sha256:2"})
         rankings = version.commit(make_record("teacher"))
@@ -55,6 +66,8 @@ def write_report(store: Store, student: Reference, *, passed: bool) -> Reference
     with store.write("report", "rare") as version:
         version.add_bytes("report.html", b"<!doctype html>")
         version.add_json("report.json", report.model_dump(mode="json"))
+        if calibrated is not None:
+            version.add_json("calibration.json", CALIBRATION | {"student": str(calibrated)})
         return version.commit(make_record("evaluation"))
 
 
@@ -83,6 +96,18 @@ def test_register_writes_weights_card_and_report_and_moves_candidate(store: Stor
     assert candidate is not None
     assert candidate.reference == model
     assert store.record(model).stage == "registry"
+
+
+def test_register_copies_the_calibration_of_this_student_and_of_no_other_seed(store: Store) -> None:
+    first, second = write_student(store, 1), write_student(store, 2)
+    own = register_model(
+        CONFIG, store=store, student=first, report=write_report(store, first, passed=True, calibrated=first)
+    )
+    assert store.read_json(own, "calibration.json") == CALIBRATION | {"student": str(first)}
+    foreign = register_model(
+        CONFIG, store=store, student=first, report=write_report(store, first, passed=True, calibrated=second)
+    )
+    assert "calibration.json" not in store.files(foreign)
 
 
 def test_register_of_a_student_that_the_report_is_not_about_writes_nothing(store: Store) -> None:

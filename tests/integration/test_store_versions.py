@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from mint_lib.errors import Conflict, IntegrityError, InvalidInput, NotFound, StoreError
-from mint_lib.records import Case, Reference, StageRecord, case_schema
+from mint_lib.records import Case, Reference, StageRecord
+from mint_lib.rows import case_schema
 from mint_lib.storage.client import PART_BYTES
 from mint_lib.store import Store
 

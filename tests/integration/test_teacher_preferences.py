@@ -6,7 +6,8 @@ import pytest
 
 from mint_lib.errors import GateFailed, InvalidInput, PromptTooLong
 from mint_lib.preferences import PreferencesConfig, build_pairs
-from mint_lib.records import SPLITS, Case, Label, PreferencePair, Ranking, StageRecord, case_schema
+from mint_lib.records import SPLITS, Case, Label, PreferencePair, Ranking, StageRecord
+from mint_lib.rows import case_schema
 from mint_lib.student import StudentConfig
 from mint_lib.teacher import TeacherConfig, rank_cases
 from mint_lib.template import Template

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from mint_lib.calibration import fit_temperature, negative_log_likelihood, normalise_scores
+from mint_lib.calibration import calibrate_student, fit_temperature, negative_log_likelihood, normalise_scores
+from mint_lib.records import Reference
 
 
 def draw(num_cases, num_labels, *, seed=0):
@@ -49,3 +50,29 @@ def test_probabilities_of_huge_scores_are_finite_and_sum_to_one():
 
 def test_likelihood_of_equal_scores_is_the_logarithm_of_the_labels():
     assert negative_log_likelihood(np.zeros((5, 8)), np.arange(5)) == pytest.approx(np.log(8))
+
+
+def test_calibration_of_an_overconfident_student_halves_its_error_and_names_the_student():
+    scores, truth = draw(5_000, 6)
+    student = Reference.parse(f"student/s@v000001#sha256:{'0' * 64}")
+    found = calibrate_student(scores * 4, truth, student=student)
+    assert found.student == str(student)
+    assert found.num_cases == 5_000
+    assert found.temperature == pytest.approx(4, rel=0.1)
+    assert found.nll_after < found.nll_before
+    assert found.ece_before == pytest.approx(reference_error(scores * 4, truth), abs=1e-12)
+    assert found.ece_after == pytest.approx(reference_error(scores * 4 / found.temperature, truth), abs=1e-12)
+    assert found.ece_after < found.ece_before / 2
+
+
+def reference_error(scores, truth, *, num_bins=10):
+    """Naeini et al. 2015, bin by bin."""
+    probabilities = normalise_scores(scores)
+    confidences, correct = probabilities.max(axis=1), probabilities.argmax(axis=1) == truth
+    error = 0.0
+    for number in range(num_bins):
+        low, high = number / num_bins, (number + 1) / num_bins
+        inside = (confidences >= low) & ((confidences < high) | (number == num_bins - 1))
+        if inside.any():
+            error += inside.mean() * abs(confidences[inside].mean() - correct[inside].mean())
+    return error

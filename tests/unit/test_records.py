@@ -7,20 +7,8 @@ from pydantic import ValidationError
 
 from mint_lib import errors
 from mint_lib.errors import InvalidInput, RefusedData
-from mint_lib.records import (
-    KINDS,
-    Case,
-    Finding,
-    PreferencePair,
-    Ranking,
-    Reference,
-    Turn,
-    case_schema,
-    pair_schema,
-    parquet_to_rows,
-    ranking_schema,
-    rows_to_parquet,
-)
+from mint_lib.records import KINDS, Case, Finding, PreferencePair, Ranking, Reference, Turn
+from mint_lib.rows import case_schema, pair_schema, parquet_to_rows, ranking_schema, rows_to_parquet
 
 REFERENCE = "preferences/rare-disease@v000003#sha256:" + "ab" * 32
 
