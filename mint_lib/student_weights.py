@@ -130,6 +130,14 @@ def _convert_gguf(gguf: pathlib.Path, folder: pathlib.Path) -> None:
     )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    _forget_offline_mode(folder / "tokenizer_config.json")
+
+
+def _forget_offline_mode(path: pathlib.Path) -> None:
+    """The same file whether or not HF_HUB_OFFLINE is set, so that the base has one digest everywhere."""
+    values = json.loads(path.read_text())
+    if values.get("local_files_only"):
+        path.write_text(json.dumps(values | {"local_files_only": False}, indent=2, ensure_ascii=False) + "\n")
 
 
 def _download_from_hub(repository: str, revision: str | None) -> pathlib.Path:

@@ -109,7 +109,7 @@ class Adapters:
         import peft
         import torch
 
-        loaded = peft.get_peft_model_state_dict(self._peft_model, adapter_name=name)
+        loaded = peft.get_peft_model_state_dict(self._peft_model, adapter_name=name, save_embedding_layers=False)
         if loaded.keys() != weights.keys():
             wrong = sorted(loaded.keys() ^ weights.keys())
             self._forget(name)

@@ -85,7 +85,7 @@ class ServedStudent:
         if len(prompt_ids) + num_answer_tokens > self.window_tokens:
             raise PromptTooLong(
                 f"The prompt has {len(prompt_ids)} tokens and its answer needs {num_answer_tokens}; {self.name} reads "
-                f"{self.window_tokens} tokens of both together. Nothing is cut: shorten the text or ask for fewer tokens."
+                f"{self.window_tokens} of both together. Nothing is cut: shorten the text or ask for fewer tokens."
             )
         return tuple(prompt_ids)
 

@@ -146,6 +146,34 @@ def test_search_of_thousands_of_labels_computes_a_small_part_and_proves_it():
     assert max(len(wave.token_ids) for wave in waves) <= 128
 
 
+@pytest.mark.parametrize("budget", [64, 200, 4096])
+def test_search_names_the_very_share_it_left_where_no_probability_leaves_the_set(budget):
+    trie = make_trie(400, seed=9)
+    ways = {}
+    for label in range(trie.num_labels):
+        path = trie.path(label)
+        for length in range(len(path)):
+            ways.setdefault(path[:length], set()).add(path[length])
+    wild = HashModel(11, sharpness=3.0)
+
+    class Inside:
+        """The hash model, told that only labels can follow."""
+
+        def predict(self, prefix):
+            values = wild.predict(prefix)
+            total = math.log(math.fsum(math.exp(values[token]) for token in ways[prefix]))
+            return [value - total for value in values]
+
+    limits = EngineLimits(exact_trie_tokens=16, bounded_label_tokens=budget)
+    ranked, _ = run(trie, Inside(), limits)
+    expected = brute_force(trie, Inside())
+    given = ranked.log_probabilities
+    left = 1.0 - math.fsum(math.exp(truth) for truth, value in zip(expected, given, strict=True) if value > -math.inf)
+    assert ranked.unreached_mass == pytest.approx(left, abs=1e-9)
+    assert ranked.unreached_mass > 0
+    check_bounds(ranked, expected)
+
+
 def test_search_with_the_smallest_budget_still_answers():
     trie, model = make_trie(5000, seed=5, depth=8), HashModel(7, sharpness=0.5)
     ranked, _ = run(trie, model, EngineLimits(bounded_label_tokens=64))
