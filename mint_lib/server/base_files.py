@@ -5,13 +5,15 @@ files that the base's digest covers and no others, once the digest was found to 
 on. A mirror makes a server independent of package indexes and hubs, and lets the download run beside the imports.
 """
 
+import multiprocessing
 import pathlib
 import tempfile
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from mint_lib.errors import InvalidInput
+from mint_lib.errors import InvalidInput, StoreError
 from mint_lib.records import Name, Reference, StageRecord, code_version
 from mint_lib.storage.manifest import FileEntry
 from mint_lib.student import StudentConfig
@@ -65,8 +67,8 @@ class BaseFiles:
             self._check_digest({name: entry.sha256 for name, entry in self._mirrored.items()}, str(mirror))
         self._scratch = tempfile.TemporaryDirectory(prefix="mint-base-", ignore_cleanup_errors=True)
         self._folder = pathlib.Path(self._scratch.name) / FOLDER
-        self._pool = ThreadPoolExecutor(_NUM_STREAMS, thread_name_prefix="base-files")
-        self._fetching: list[Future[object]] = []
+        self._pool: Executor | None = None
+        self._fetching: Future[None] | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -74,20 +76,24 @@ class BaseFiles:
     def __exit__(
         self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
         self._scratch.cleanup()
 
     def start(self) -> None:
-        """Begin to fetch and check the files, in threads."""
-        if self._fetching:
+        """Begin to fetch and check the files, in the background."""
+        if self._fetching is not None:
             return
         if self._mirror is None:
-            self._fetching = [self._pool.submit(self._link_local)]
+            self._pool = ThreadPoolExecutor(1, thread_name_prefix="base-files")
+            self._fetching = self._pool.submit(self._link_local)
             return
-        # The largest first: it decides when all are there. The store checks every byte while it streams.
-        for name in sorted(self._mirrored, key=lambda name: -self._mirrored[name].size):
-            path = f"{FOLDER}/{name}"
-            self._fetching.append(self._pool.submit(self._store.download, self._mirror, self._folder.parent, path))
+        # The largest first: it decides when all are there.
+        names = sorted(self._mirrored, key=lambda name: -self._mirrored[name].size)
+        # A process of its own: in a thread, every piece that the network brings waits for the interpreter's lock, which
+        # the imports beside it hold nearly all the time.
+        self._pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+        self._fetching = self._pool.submit(_download, self._store, self._mirror, names, self._folder.parent)
 
     def wait(self) -> pathlib.Path:
         """The folder with all files, checked against the digest.
@@ -97,8 +103,13 @@ class BaseFiles:
             StoreError: the mirror cannot be read, or is damaged.
         """
         self.start()
-        for fetched in self._fetching:
-            fetched.result()
+        assert self._fetching is not None
+        try:
+            self._fetching.result()
+        except BrokenExecutor:
+            raise StoreError(
+                f"The process that fetches {self._mirror} was killed, perhaps for want of memory. Give the server more."
+            ) from None
         return self._folder
 
     def _link_local(self) -> None:
@@ -117,6 +128,12 @@ class BaseFiles:
                 f"{self._digest}, and {where} has {found}. Give the base that it was trained on; `mint show` of the "
                 "student names it."
             )
+
+
+def _download(store: "Store", mirror: Reference, names: Sequence[str], folder: pathlib.Path) -> None:
+    """Copy files of a mirrored base to `folder`. The store checks every byte while it streams."""
+    with ThreadPoolExecutor(_NUM_STREAMS) as pool:
+        list(pool.map(lambda name: store.download(mirror, folder, f"{FOLDER}/{name}"), names))
 
 
 def list_mirror(store: "Store", mirror: Reference) -> dict[str, FileEntry]:

@@ -60,15 +60,18 @@ def load_student(store: "Store", text: str, *, name: str, engines: Engines, opti
         ComputationFailed: the student's first answer is no answer.
     """
     started = time.monotonic()
-    with ThreadPoolExecutor(1, thread_name_prefix="imports") as pool:
-        imports = pool.submit(import_libraries)
-        stored = read_student(store, store.resolve(text))
-        mirror = store.resolve(options.base) if options.base is not None else None
-        with BaseFiles(store, stored.facts.student, mirror=mirror, digest=stored.facts.base_digest) as files:
-            load = _Load(store, stored, name, engines, options, files, imports, started)
-            if options.precision == "int8":
-                return load.through_gate()
-            return load.in_precision(stored.facts.student.dtype)
+    stored = read_student(store, store.resolve(text))
+    mirror = store.resolve(options.base) if options.base is not None else None
+    first: Precision = stored.facts.student.dtype
+    with (
+        BaseFiles(store, stored.facts.student, mirror=mirror, digest=stored.facts.base_digest) as files,
+        ThreadPoolExecutor(1, thread_name_prefix="imports") as pool,
+    ):
+        # The download begins before the imports, which leave other threads little of the interpreter.
+        if not engines.has(BaseKey(stored.facts.base_digest, first)):
+            files.start()
+        load = _Load(store, stored, name, engines, options, files, pool.submit(import_libraries), started)
+        return load.through_gate() if options.precision == "int8" else load.in_precision(first)
 
 
 def import_libraries() -> None:

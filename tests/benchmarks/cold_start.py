@@ -1,14 +1,18 @@
 """From the start of a process to its first correct answer: files and imports side by side against one after the other.
 
     python tests/benchmarks/cold_start.py --rounds 5
+    python tests/benchmarks/cold_start.py --rounds 5 --link-megabits 1000
 
 Both sides are fresh processes that find the base (SmolLM2-135M-Instruct, 538 MB, mirrored) and an adapter on the same
 embedded S3 server, check every digest, and rank the same made-up case; their answers are compared first. One after the
 other means: download to a folder as a storage initialiser does, then import, then load. Rounds are interleaved, and
-every round starts with the side that the last one ended with.
+every round starts with the side that the last one ended with. Loopback is faster than any network between a pod and its
+store; `--link-megabits` puts a link of that speed between them.
 """
 
 import argparse
+import asyncio
+import contextlib
 import json
 import os
 import pathlib
@@ -17,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from typing import Any
 
 TARGET = 0.6
@@ -144,6 +149,7 @@ def answer_one_after_the_other() -> list[float]:
             limits=(),
             load_seconds=0.0,
         )
+        warm_up(student, timeout_seconds=60)  # as the server does before it is ready
         return list(warm_up(student, timeout_seconds=60).log_probabilities)
 
 
@@ -161,7 +167,43 @@ def time_side(side: str) -> tuple[float, list[float]]:
     return seconds, json.loads(line)
 
 
-def measure(num_rounds: int) -> str:
+@contextlib.contextmanager
+def slow_link(endpoint: str, megabits: float) -> Iterator[str]:
+    """An address behind which `endpoint` lies at the end of a link of so many megabits per second."""
+    command = [sys.executable, __file__, "--link-to", endpoint, "--link-megabits", str(megabits)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        yield f"http://127.0.0.1:{process.stdout.readline().strip()}"
+        process.kill()
+
+
+async def carry_link(endpoint: str, megabits: float) -> None:
+    """Carry connections to `endpoint`; what comes back shares the link's rate."""
+    host, _, port = endpoint.removeprefix("http://").partition(":")
+    free_at = time.monotonic()
+
+    async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, is_slow: bool) -> None:
+        nonlocal free_at
+        with contextlib.suppress(OSError):
+            while data := await reader.read(2**18):
+                if is_slow:
+                    free_at = max(free_at, time.monotonic()) + len(data) * 8 / (megabits * 1e6)
+                    await asyncio.sleep(free_at - time.monotonic())
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        far_reader, far_writer = await asyncio.open_connection(host, int(port))
+        await asyncio.gather(carry(reader, far_writer, is_slow=False), carry(far_reader, writer, is_slow=True))
+
+    server = await asyncio.start_server(accept, "127.0.0.1", 0)
+    sys.stdout.write(f"{server.sockets[0].getsockname()[1]}\n")
+    sys.stdout.flush()
+    await server.serve_forever()
+
+
+def measure(num_rounds: int, link: str) -> str:
     """One line: name, ratio, range, target.
 
     Raises:
@@ -182,8 +224,8 @@ def measure(num_rounds: int) -> str:
     ratios = sorted(ours / theirs for ours, theirs in zip(beside, after, strict=True))
     middle = statistics.median(ratios)
     return (
-        f"cold start, base of 538 MB in S3: {middle:.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f}) of one after the other, "
-        f"{statistics.median(beside):.1f} s against {statistics.median(after):.1f} s; target <= {TARGET}: "
+        f"cold start, base of 538 MB in S3 ({link}): {middle:.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f}) of one after the "
+        f"other, {statistics.median(beside):.1f} s against {statistics.median(after):.1f} s; target <= {TARGET}: "
         f"{'reached' if middle <= TARGET else 'MISSED'}"
     )
 
@@ -194,6 +236,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--side", choices=SIDES)
     parser.add_argument("--write", action="store_true")
+    parser.add_argument("--link-megabits", type=float)
+    parser.add_argument("--link-to")
     arguments = parser.parse_args()
     if arguments.write:
         write_student()
@@ -205,12 +249,19 @@ def main() -> None:
         # The parent has what it wants and is not to wait for engines and temporary folders.
         time.sleep(60)
         return
+    if arguments.link_to:
+        asyncio.run(carry_link(arguments.link_to, arguments.link_megabits))
     from mint_lib.local_store import local_store
 
     with tempfile.TemporaryDirectory() as folder, local_store(pathlib.Path(folder)) as variables:
         os.environ.update(variables)
         subprocess.run([sys.executable, __file__, "--write"], check=True)
-        sys.stdout.write(measure(arguments.rounds) + "\n")
+        if arguments.link_megabits is None:
+            sys.stdout.write(measure(arguments.rounds, "loopback") + "\n")
+            return
+        with slow_link(os.environ["MINT_S3_ENDPOINT_URL"], arguments.link_megabits) as address:
+            os.environ["MINT_S3_ENDPOINT_URL"] = address
+            sys.stdout.write(measure(arguments.rounds, f"{arguments.link_megabits:g} Mbit/s") + "\n")
 
 
 if __name__ == "__main__":
