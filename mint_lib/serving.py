@@ -9,7 +9,6 @@ import logging
 import os
 import pathlib
 import re
-import threading
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -99,11 +98,6 @@ def serve_models(
     def load(name: str, text: str) -> ServedStudent:
         return load_student(store, text, name=name, engines=engines, options=config.load)
 
-    def load_all() -> None:
-        for name, text in models.items():
-            lineup.put(load(name, text), retire=engines.retire)
-
-    loading = _Background(load_all)  # before KServe is imported, so that the download does not wait for that
     server = build_server(
         lineup,
         access=endpoint.access,
@@ -118,8 +112,9 @@ def serve_models(
     )
     url = server.bind()
 
-    def become_ready() -> None:
-        loading.wait()
+    def load_all() -> None:
+        for name, text in models.items():
+            lineup.put(load(name, text), retire=engines.retire)
         readiness.mark_ready()
         for name, text in models.items():
             if config.follow_seconds and is_alias(text):
@@ -128,7 +123,7 @@ def serve_models(
             tell_ready(url, lineup.students())
 
     try:
-        server.start(become_ready)
+        server.start(load_all)
     finally:
         for follower in followers:
             follower.stop()
@@ -205,25 +200,3 @@ def count_cpus() -> int:
         quota, period = _CGROUP_QUOTA.read_text().split()
         num_cpus = min(num_cpus, max(1, round(int(quota) / int(period))))
     return num_cpus
-
-
-class _Background:
-    """Work in a thread of its own, whose error reaches whoever waits for it."""
-
-    def __init__(self, work: Callable[[], None]):
-        self._work = work
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="load", daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            self._work()
-        except BaseException as error:
-            self._error = error
-
-    def wait(self) -> None:
-        """Return when the work is done, or raise what it raised."""
-        self._thread.join()
-        if self._error is not None:
-            raise self._error

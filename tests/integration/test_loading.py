@@ -1,5 +1,6 @@
 """Loading, swapping and following students from a real store, on tiny models that answer through the real engine."""
 
+import functools
 import json
 import math
 import pathlib
@@ -11,11 +12,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from stored_models import FACTS, LABELS, STUDENT, TEMPLATE, TEXT, make_adapter, make_record, write_cases, write_model
 
 from mint_lib.engine.requests import EngineLimits
 from mint_lib.errors import ComputationFailed, Draining, GateFailed, IntegrityError, InvalidInput, MintError, NotFound
-from mint_lib.records import Calibration, Case, Estimate, Label, ModelCard, Reference, StageRecord
-from mint_lib.rows import case_schema
+from mint_lib.records import Reference
 from mint_lib.server.asking import rank_case
 from mint_lib.server.base_files import mirror_base
 from mint_lib.server.engines import Engines
@@ -23,25 +24,9 @@ from mint_lib.server.follow import Follower, Outcome
 from mint_lib.server.loading import LoadConfig, load_student
 from mint_lib.server.students import Lineup, ServedStudent
 from mint_lib.store import Store
-from mint_lib.student import StudentConfig, load_tokenizer, rank_labels, student_digest
 from mint_lib.student import load_student as load_model
-from mint_lib.template import Template
+from mint_lib.student import load_tokenizer, rank_labels
 
-STUDENT = StudentConfig(model="tiny", window_tokens=1024)
-NAMES = ("Noonan syndrome 1", "Noonan syndrome 4", "Kabuki syndrome 1", "Robinow syndrome", "Costello syndrome")
-LABELS = tuple(Label(id=f"OMIM:{n}", name=name) for n, name in enumerate(NAMES))
-TEMPLATE = Template.load("rare_disease").with_num_answers(2)
-TEXT = "A boy of 5 years with short stature, a heart defect and hearing loss."
-FACTS: dict[str, Any] = {
-    "student": STUDENT.model_dump(mode="json"),
-    "template_digest": TEMPLATE.digest,
-    "method": "orpo",
-    "method_config": {},
-    "lora": {"rank": 4},
-    "best_step": 5,
-    "keep_best": "agreement_mrr",
-    "num_trainable_parameters": 1,
-}
 Adapters = Callable[[int], pathlib.Path]
 
 
@@ -67,89 +52,7 @@ def engines() -> Iterator[Engines]:
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory: pytest.TempPathFactory) -> Adapters:
     """Folders of different adapters, by number."""
-    import peft
-    import torch
-
-    def make(number: int) -> pathlib.Path:
-        folder = folders / str(number)
-        if not folder.is_dir():
-            torch.manual_seed(number)
-            config = peft.LoraConfig(
-                r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
-            )
-            peft.get_peft_model(load_model(STUDENT), config).save_pretrained(str(folder), save_embedding_layers=False)
-            (folder / "README.md").unlink()
-            path = folder / "adapter_config.json"
-            path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "tiny"}))
-        return folder
-
-    folders = tmp_path_factory.mktemp("adapters")
-    return make
-
-
-def make_record(stage: str, **inputs: str) -> StageRecord:
-    return StageRecord(stage=stage, config={}, inputs=inputs, code_version="test")
-
-
-def write_cases(store: Store, num_cases: int = 60) -> Reference:
-    with store.write("cases", "tiny") as version:
-        for split in ("validation", "test"):
-            rows = [
-                Case(
-                    case_id=f"{split}-{n}",
-                    group_id=f"{split}-{n}",
-                    text=f"A girl of {n} years with short stature.",
-                    label_id="OMIM:1",
-                    source="test",
-                    synthetic=True,
-                )
-                for n in range(num_cases // 2)
-            ]
-            version.add_rows(f"{split}.parquet", rows, case_schema())
-        return version.commit(make_record("data"))
-
-
-def write_model(
-    store: Store,
-    adapter: pathlib.Path,
-    *,
-    facts: dict[str, Any] | None = None,
-    card: dict[str, Any] | None = None,
-    labels: tuple[Label, ...] = LABELS,
-    template: bytes = TEMPLATE.data,
-    calibration: float | None = None,
-    cases: Reference | None = None,
-    kind: Any = "model",
-) -> Reference:
-    digest = student_digest(STUDENT)
-    with store.write(kind, "tiny") as version:
-        version.add_folder("adapter", adapter)
-        version.add_json("student.json", FACTS | {"base_digest": digest} | (facts or {}))
-        version.add_bytes("template.yaml", template)
-        version.add_json("labels.json", [label.model_dump(mode="json") for label in labels])
-        if kind == "model":
-            known = ModelCard(
-                name="tiny",
-                base_model="tiny",
-                base_digest=digest,
-                method="orpo",
-                student="student/tiny@v000001",
-                inputs={"cases": str(cases)} if cases else {},
-                teacher_digest="sha256:0",
-                headline="A headline.",
-                metrics={"top_1": Estimate(value=0.5, low=None, high=None, n=4)},
-                gate_passed=True,
-                synthetic="all",
-                licence="Apache-2.0",
-                intended_use="Tests.",
-                limits=("Not a medical device.",),
-            )
-            version.add_json("card.json", known.model_dump(mode="json") | (card or {}))
-        if calibration is not None:
-            figures = dict.fromkeys(("nll_before", "nll_after", "ece_before", "ece_after"), 0.1)
-            made = Calibration(student="s", split="validation", num_cases=9, temperature=calibration, **figures)
-            version.add_json("calibration.json", made.model_dump(mode="json"))
-        return version.commit(make_record("registry"))
+    return functools.partial(make_adapter, tmp_path_factory.mktemp("adapters"))
 
 
 def load(store: Store, engines: Engines, reference: Reference | str, **options: Any) -> ServedStudent:

@@ -1,13 +1,11 @@
 """The model server as a real process on loopback, asked by httpx and by the public `openai` client."""
 
 import asyncio
-import importlib.util
 import json
 import math
 import pathlib
 import socket
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -15,19 +13,10 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+import serving_process
+from serving_process import ServerOptions, running_server
 
 from mint_lib.server.access import TokensFile, issue_token
-
-_SPEC = importlib.util.spec_from_file_location(
-    "serving_process", pathlib.Path(__file__).with_name("serving_process.py")
-)
-assert _SPEC is not None
-assert _SPEC.loader is not None
-serving_process = importlib.util.module_from_spec(_SPEC)
-sys.modules["serving_process"] = serving_process
-_SPEC.loader.exec_module(serving_process)
-ServerOptions = serving_process.ServerOptions
-running_server = serving_process.running_server
 
 TEXT = "A boy with short stature, hearing loss and a heart defect."
 CANARY = "canary-9917"

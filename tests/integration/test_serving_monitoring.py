@@ -1,22 +1,20 @@
 """The alert rules against promtool, against the server's own metrics, and inside a real Prometheus."""
 
 import contextlib
-import importlib.util
 import json
 import re
 import shutil
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import httpx
 import pytest
 import yaml
+from serving_process import ServerOptions, running_server
 
 from mint_lib.server.access import issue_token
 from mint_lib.server.calls import ROUTES
@@ -31,17 +29,6 @@ ALERTS = {rule["alert"]: rule for group in GROUPS for rule in group["rules"] if 
 RECORDED = {rule["record"] for group in GROUPS for rule in group["rules"] if "record" in rule}
 EXPRESSIONS = [rule["expr"] for group in GROUPS for rule in group["rules"]]
 needs_promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
-
-
-def load_neighbour(name: str) -> ModuleType:
-    """A module beside this one, which `--import-mode=importlib` does not put on the path."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
 
 
 def list_outcomes(metrics: ServingMetrics) -> set[str]:
@@ -137,8 +124,7 @@ def monitored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[st
     (folder / "tokens.json").write_text(
         json.dumps({"tokens": [entry.model_dump(mode="json") for entry in (asker, watcher)]})
     )
-    process = load_neighbour("serving_process")
-    with process.running_server(process.ServerOptions(tokens_file=str(folder / "tokens.json"))) as server:
+    with running_server(ServerOptions(tokens_file=str(folder / "tokens.json"))) as server:
         client = httpx.Client(base_url=server.url, headers={"authorization": f"Bearer {asking}"}, timeout=60)
         for number in range(5):
             body = {"instances": [{"text": f"Invented case {number}."}]}

@@ -3,21 +3,18 @@
 import base64
 import dataclasses
 import hashlib
-import importlib.util
 import io
 import itertools
 import json
 import re
 import shutil
-import sys
 import urllib.parse
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 from PIL import Image
+from serving_process import ServerOptions, running_server
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
@@ -120,17 +117,6 @@ class Served:
     token: str
 
 
-def load_neighbour(name: str) -> ModuleType:
-    """A module beside this one, which `--import-mode=importlib` does not put on the path."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
 @pytest.fixture(scope="module")
 def served(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """The real server with the tiny student; after `browser`, so that none is started where there is no browser."""
@@ -144,8 +130,7 @@ def served(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     }
     tokens = tmp_path_factory.mktemp("tokens") / "tokens.json"
     tokens.write_text(json.dumps({"tokens": [entry]}))
-    process = load_neighbour("serving_process")
-    with process.running_server(process.ServerOptions(tokens_file=str(tokens), page=True)) as server:
+    with running_server(ServerOptions(tokens_file=str(tokens), page=True)) as server:
         yield Served(server.url, token)
 
 

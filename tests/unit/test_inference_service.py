@@ -1,11 +1,9 @@
 import copy
-import importlib.util
 import re
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import crd_schema
 import pytest
 import typer
 import yaml
@@ -25,18 +23,6 @@ IMAGE = "registry.example.org:5000/mint/serve@sha256:" + "cd" * 32
 STORE = S3Settings(endpoint_url="https://s3.example.org", bucket="models", prefix="team/a")
 CLUSTER = ClusterConfig(namespace="clinic", image=IMAGE, s3=STORE)
 HUB_STUDENT = StudentConfig(model="hub:some-lab/Base-1B-Instruct", revision="0123456789" * 4, window_tokens=768)
-
-
-def crd_schema() -> ModuleType:
-    """`tests/crd_schema.py`, which `--import-mode=importlib` does not put on the path."""
-    path = Path(__file__).parents[1] / "crd_schema.py"
-    spec = importlib.util.spec_from_file_location("crd_schema", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault("crd_schema", module)
-    spec.loader.exec_module(module)
-    return module
 
 
 def service(**changes: Any) -> dict[str, Any]:
@@ -100,21 +86,19 @@ def find_restricted_violations(pod: dict[str, Any]) -> set[str]:
     ids=["plain", "web-identity", "vllm", "vllm-nodes", "vllm-tolerations"],
 )
 def test_rendered_object_is_accepted_by_its_crd(manifest: dict[str, Any]) -> None:
-    schema = crd_schema()
-    if not schema.CRD_FOLDER.is_dir():
-        pytest.skip(f"no CRD schemas in {schema.CRD_FOLDER}")
-    assert schema.find_schema_errors(manifest) == []
+    if not crd_schema.CRD_FOLDER.is_dir():
+        pytest.skip(f"no CRD schemas in {crd_schema.CRD_FOLDER}")
+    assert crd_schema.find_schema_errors(manifest) == []
 
 
 @pytest.mark.parametrize("kind", ["InferenceService", "LLMInferenceService"])
 def test_crd_check_with_a_misspelt_or_mistyped_field_names_it(kind: str) -> None:
-    schema = crd_schema()
-    if not schema.CRD_FOLDER.is_dir():
-        pytest.skip(f"no CRD schemas in {schema.CRD_FOLDER}")
+    if not crd_schema.CRD_FOLDER.is_dir():
+        pytest.skip(f"no CRD schemas in {crd_schema.CRD_FOLDER}")
     manifest = service() if kind == "InferenceService" else vllm()
     container_of(manifest)["resourcez"] = {}
     pod_of(manifest)["terminationGracePeriodSeconds"] = "a minute"
-    errors = "\n".join(schema.find_schema_errors(manifest))
+    errors = "\n".join(crd_schema.find_schema_errors(manifest))
     assert "resourcez" in errors
     assert "terminationGracePeriodSeconds" in errors
 

@@ -1,0 +1,111 @@
+"""Models of the tiny student as the store holds them, for tests that load or serve one."""
+
+import json
+import pathlib
+from typing import Any
+
+from mint_lib.records import Calibration, Case, Estimate, Label, ModelCard, Reference, StageRecord
+from mint_lib.rows import case_schema
+from mint_lib.store import Store
+from mint_lib.student import StudentConfig, student_digest
+from mint_lib.student import load_student as load_model
+from mint_lib.template import Template
+
+STUDENT = StudentConfig(model="tiny", window_tokens=1024)
+NAMES = ("Noonan syndrome 1", "Noonan syndrome 4", "Kabuki syndrome 1", "Robinow syndrome", "Costello syndrome")
+LABELS = tuple(Label(id=f"OMIM:{n}", name=name) for n, name in enumerate(NAMES))
+TEMPLATE = Template.load("rare_disease").with_num_answers(2)
+TEXT = "A boy of 5 years with short stature, a heart defect and hearing loss."
+FACTS: dict[str, Any] = {
+    "student": STUDENT.model_dump(mode="json"),
+    "template_digest": TEMPLATE.digest,
+    "method": "orpo",
+    "method_config": {},
+    "lora": {"rank": 4},
+    "best_step": 5,
+    "keep_best": "agreement_mrr",
+    "num_trainable_parameters": 1,
+}
+
+
+def make_adapter(folders: pathlib.Path, number: int) -> pathlib.Path:
+    """The folder of a random adapter of the tiny student; another number, another adapter."""
+    import peft
+    import torch
+
+    folder = folders / str(number)
+    if not folder.is_dir():
+        torch.manual_seed(number)
+        config = peft.LoraConfig(
+            r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
+        )
+        peft.get_peft_model(load_model(STUDENT), config).save_pretrained(str(folder), save_embedding_layers=False)
+        (folder / "README.md").unlink()
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "tiny"}))
+    return folder
+
+
+def make_record(stage: str, **inputs: str) -> StageRecord:
+    return StageRecord(stage=stage, config={}, inputs=inputs, code_version="test")
+
+
+def write_cases(store: Store, num_cases: int = 60) -> Reference:
+    with store.write("cases", "tiny") as version:
+        for split in ("validation", "test"):
+            rows = [
+                Case(
+                    case_id=f"{split}-{n}",
+                    group_id=f"{split}-{n}",
+                    text=f"A girl of {n} years with short stature.",
+                    label_id="OMIM:1",
+                    source="test",
+                    synthetic=True,
+                )
+                for n in range(num_cases // 2)
+            ]
+            version.add_rows(f"{split}.parquet", rows, case_schema())
+        return version.commit(make_record("data"))
+
+
+def write_model(
+    store: Store,
+    adapter: pathlib.Path,
+    *,
+    facts: dict[str, Any] | None = None,
+    card: dict[str, Any] | None = None,
+    labels: tuple[Label, ...] = LABELS,
+    template: bytes = TEMPLATE.data,
+    calibration: float | None = None,
+    cases: Reference | None = None,
+    kind: Any = "model",
+) -> Reference:
+    digest = student_digest(STUDENT)
+    with store.write(kind, "tiny") as version:
+        version.add_folder("adapter", adapter)
+        version.add_json("student.json", FACTS | {"base_digest": digest} | (facts or {}))
+        version.add_bytes("template.yaml", template)
+        version.add_json("labels.json", [label.model_dump(mode="json") for label in labels])
+        if kind == "model":
+            known = ModelCard(
+                name="tiny",
+                base_model="tiny",
+                base_digest=digest,
+                method="orpo",
+                student="student/tiny@v000001",
+                inputs={"cases": str(cases)} if cases else {},
+                teacher_digest="sha256:0",
+                headline="A headline.",
+                metrics={"top_1": Estimate(value=0.5, low=None, high=None, n=4)},
+                gate_passed=True,
+                synthetic="all",
+                licence="Apache-2.0",
+                intended_use="Tests.",
+                limits=("Not a medical device.",),
+            )
+            version.add_json("card.json", known.model_dump(mode="json") | (card or {}))
+        if calibration is not None:
+            figures = dict.fromkeys(("nll_before", "nll_after", "ece_before", "ece_after"), 0.1)
+            made = Calibration(student="s", split="validation", num_cases=9, temperature=calibration, **figures)
+            version.add_json("calibration.json", made.model_dump(mode="json"))
+        return version.commit(make_record("registry"))
