@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from mint_lib.errors import InvalidInput, MintError, PromptTooLong
+from mint_lib.errors import InvalidInput, MintError
 from mint_lib.plugins import load_plugin, parse_plugin_config
 from mint_lib.records import Label, Name, PreferencePair, Reference, StageRecord, code_version
 from mint_lib.student import StudentConfig, load_student, load_tokenizer, student_digest
@@ -110,18 +110,6 @@ class AlignmentMethod(abc.ABC):
         self.config = config
         self.tokenizer = tokenizer
         self.window_tokens = window_tokens
-
-    def check_length(self, num_tokens: int, case_id: str) -> None:
-        """Refuse a prompt and answer of `num_tokens` that exceed the student's window; nothing is ever cut.
-
-        Raises:
-            PromptTooLong: with the counts and the case id.
-        """
-        if num_tokens > self.window_tokens:
-            raise PromptTooLong(
-                f"Prompt and answer of case {case_id} have {num_tokens} tokens; the student's window is "
-                f"{self.window_tokens}. Raise student.window_tokens, or shorten the case text or the lists."
-            )
 
     @abc.abstractmethod
     def build_trainer(

@@ -120,6 +120,19 @@ def encode_prompt(
     return ids
 
 
+def check_window(num_tokens: int, *, window_tokens: int, case_id: str) -> None:
+    """Refuse a prompt and answer of `num_tokens` together that exceed the student's window; nothing is ever cut.
+
+    Raises:
+        PromptTooLong: with the counts and the case id.
+    """
+    if num_tokens > window_tokens:
+        raise PromptTooLong(
+            f"Prompt and answer of case {case_id} have {num_tokens} tokens; the student's window is {window_tokens}. "
+            "Raise student.window_tokens, or shorten the case text or the lists."
+        )
+
+
 def encode_answer(tokenizer: "PreTrainedTokenizerBase", answer: str) -> list[int]:
     """Token ids of an assistant's answer, closed by the end-of-turn token."""
     return [*tokenizer.encode(answer, add_special_tokens=False), end_of_turn_id(tokenizer)]

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from mint_lib.alignment import AlignmentMethod
 from mint_lib.records import PreferencePair
-from mint_lib.student import encode_answer, encode_prompt
+from mint_lib.student import check_window, encode_answer, encode_prompt
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +47,11 @@ class Dpo(AlignmentMethod):
             prompt_ids = encode_prompt(self.tokenizer, pair.prompt)
             chosen_ids = encode_answer(self.tokenizer, pair.chosen)
             rejected_ids = encode_answer(self.tokenizer, pair.rejected)
-            self.check_length(len(prompt_ids) + max(len(chosen_ids), len(rejected_ids)), pair.case_id)
+            check_window(
+                len(prompt_ids) + max(len(chosen_ids), len(rejected_ids)),
+                window_tokens=self.window_tokens,
+                case_id=pair.case_id,
+            )
             rows.append({"prompt_ids": prompt_ids, "chosen_ids": chosen_ids, "rejected_ids": rejected_ids})
         return PreparedDpoTrainer(
             model=model,

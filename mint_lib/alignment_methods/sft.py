@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict
 
 from mint_lib.alignment import AlignmentMethod
 from mint_lib.records import PreferencePair
-from mint_lib.student import encode_answer, encode_prompt
+from mint_lib.student import check_window, encode_answer, encode_prompt
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +38,7 @@ class Sft(AlignmentMethod):
         for pair in {(pair.case_id, pair.chosen): pair for pair in pairs}.values():
             prompt_ids = encode_prompt(self.tokenizer, pair.prompt)
             answer_ids = encode_answer(self.tokenizer, pair.chosen)
-            self.check_length(len(prompt_ids) + len(answer_ids), pair.case_id)
+            check_window(len(prompt_ids) + len(answer_ids), window_tokens=self.window_tokens, case_id=pair.case_id)
             labels = prompt_ids if self.config.nll == "prompt_and_answer" else [_NOT_LABELLED] * len(prompt_ids)
             rows.append({"input_ids": prompt_ids + answer_ids, "labels": labels + answer_ids})
         return trl.SFTTrainer(

@@ -10,7 +10,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from mint_lib.errors import PromptTooLong
 from mint_lib.packing import (
     PackedTrees,
     Tree,
@@ -22,7 +21,7 @@ from mint_lib.packing import (
     sum_answers,
 )
 from mint_lib.records import PreferencePair
-from mint_lib.student import encode_answer, encode_prompt
+from mint_lib.student import check_window, encode_answer, encode_prompt
 
 if TYPE_CHECKING:
     import torch
@@ -72,11 +71,7 @@ def grow_trees(
         prompt_ids = encode_prompt(tokenizer, members[0].prompt)
         answers = [encode_answer(tokenizer, text) for text in texts]
         num_tokens = len(prompt_ids) + max(map(len, answers))
-        if num_tokens > window_tokens:
-            raise PromptTooLong(
-                f"Prompt and answer of case {case_id} have {num_tokens} tokens; the student's window is "
-                f"{window_tokens}. Raise student.window_tokens, or shorten the case text or the lists."
-            )
+        check_window(num_tokens, window_tokens=window_tokens, case_id=case_id)
         trees.append(
             PairTree(
                 case_id=case_id,
