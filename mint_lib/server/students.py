@@ -84,8 +84,8 @@ class ServedStudent:
     def _check(self, prompt_ids: Sequence[int], num_answer_tokens: int) -> tuple[int, ...]:
         if len(prompt_ids) + num_answer_tokens > self.window_tokens:
             raise PromptTooLong(
-                f"The prompt has {len(prompt_ids)} tokens and its answer needs {num_answer_tokens}; {self.name} reads "
-                f"{self.window_tokens} of both together. Nothing is cut: shorten the text or ask for fewer tokens."
+                f"The prompt has {len(prompt_ids)} tokens and its answer needs {num_answer_tokens}; the window of "
+                f"{self.name} is {self.window_tokens} tokens. Nothing is cut: shorten the text or ask for fewer tokens."
             )
         return tuple(prompt_ids)
 

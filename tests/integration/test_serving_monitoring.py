@@ -28,6 +28,11 @@ GROUPS = yaml.safe_load(RULES.read_text())["groups"]
 ALERTS = {rule["alert"]: rule for group in GROUPS for rule in group["rules"] if "alert" in rule}
 RECORDED = {rule["record"] for group in GROUPS for rule in group["rules"] if "record" in rule}
 EXPRESSIONS = [rule["expr"] for group in GROUPS for rule in group["rules"]]
+RATIOS = (
+    "mint_serving:error_share:ratio5m",
+    "mint_serving:overloaded_share:ratio5m",
+    "mint_serving:label_share:ratio1h",
+)
 needs_promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
 
 
@@ -164,10 +169,11 @@ def monitored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[st
 
 
 def scrape_and_ask(client: httpx.Client, ask: Callable[[str, dict[str, str]], Any]) -> bool:
-    """Whether Prometheus has computed rates; asks one more case, since rates need requests between two scrapes."""
+    """Whether Prometheus has computed what is asked for; sends one more case, as rates need some between scrapes."""
     client.post("/v1/models/tiny:predict", json={"instances": [{"text": "One more invented case."}]})
+    computed = ('mint_serving:requests:rate5m{outcome="ok"} > 0', *RATIOS, "mint_serving:request_seconds:p95_5m > 0")
     with contextlib.suppress(httpx.HTTPError):
-        return bool(ask("query", {"query": 'mint_serving:requests:rate5m{outcome="ok"} > 0'})["result"])
+        return all(ask("query", {"query": expression})["result"] for expression in computed)
     return False
 
 
@@ -211,10 +217,10 @@ def test_prometheus_evaluates_every_rule_and_a_sound_server_raises_no_alert(
 
 def test_prometheus_records_what_the_server_answered(monitored: Callable[[str, dict[str, str]], Any]) -> None:
     # Nothing failed, so the shares are 0 rather than missing.
-    for name in ("mint_serving:error_share:ratio5m", "mint_serving:overloaded_share:ratio5m"):
+    for name in RATIOS[:2]:
         (share,) = monitored("query", {"query": name})["result"]
         assert float(share["value"][1]) == 0
-    shares = monitored("query", {"query": "mint_serving:label_share:ratio1h"})["result"]
+    shares = monitored("query", {"query": RATIOS[2]})["result"]
     assert sum(float(share["value"][1]) for share in shares) == pytest.approx(1, abs=1e-6)
     (slow,) = monitored("query", {"query": "mint_serving:request_seconds:p95_5m"})["result"]
     assert 0 < float(slow["value"][1]) < 10
