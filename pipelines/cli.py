@@ -68,6 +68,7 @@ def run(
         if serve:
             from pipelines.serve import serve_here
 
+            _log_to_stderr()
             model = next(str(item.reference) for item in planned if item.step.stage == "registry")
             serve_here([model], store=store, config=loaded.serving, has_page=True, console=console)
 
