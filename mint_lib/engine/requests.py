@@ -106,7 +106,7 @@ class Ranked:
 
     `log_probabilities[i]` is the natural logarithm of label i's probability, normalised over the label set. Where the
     set was not scored whole (`is_exact` False), labels that were not reached hold -inf, the first `num_proven` places
-    of the order are proven, and a given probability is at most `unreached_mass` (share of the normaliser) too high.
+    of the order are proven, and a given probability p is never too low and at most `p * unreached_mass` too high.
     """
 
     log_probabilities: tuple[float, ...]

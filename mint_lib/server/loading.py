@@ -118,8 +118,6 @@ class _Load:
     def in_precision(self, precision: Precision) -> ServedStudent:
         """The student, loaded and warm."""
         key = BaseKey(self.stored.facts.base_digest, precision)
-        if not self.engines.has(key):
-            self.files.start()
         with tempfile.TemporaryDirectory(prefix="mint-adapter-") as scratch:
             folder = self.store.download(self.stored.reference, pathlib.Path(scratch), prefix="adapter")
             base = self.engines.hold(key, lambda: self._load_base(precision))
