@@ -14,6 +14,16 @@ from typing import Any
 
 from mint_lib.cluster import READY_PERIOD_SECONDS, ClusterConfig
 from mint_lib.errors import InvalidInput
+from mint_lib.pods import (
+    SCRATCH_FOLDER,
+    describe_pod,
+    label_pod,
+    list_environment,
+    list_volumes,
+    same_resources,
+    secret_volume,
+    secure_container,
+)
 from mint_lib.records import Reference
 from mint_lib.student import StudentConfig
 
@@ -22,8 +32,6 @@ MAX_NAME_LENGTH = 52
 _SERVICE_NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")  # inference_service_validation.go of KServe
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _TOKENS_FOLDER = "/var/run/secrets/mint"
-_CA_FOLDER = "/etc/mint/ca"
-_CACHE_FOLDER = "/var/cache/mint"
 _PORT = 8080
 _EXIT_SECONDS = 10
 """From the end of the last request to the process's own exit, with room to spare."""
@@ -36,8 +44,8 @@ def render_inference_service(
 ) -> dict[str, Any]:
     """A KServe InferenceService (serving.kserve.io/v1beta1) that runs `mint serve` on exactly this version.
 
-    Pods meet Pod Security's level `restricted`; they scale by CPU (HPA) in KServe's mode without Knative. The metrics
-    want a token with scope `metrics`, so the annotations alone do not let a Prometheus in.
+    Pods meet Pod Security's level `restricted` and run in KServe's mode without Knative. Their metrics want a token
+    with the scope `metrics`, which the chart's PodMonitor brings.
 
     Args:
         reference: What to serve; its digest is checked when it is loaded.
@@ -45,68 +53,50 @@ def render_inference_service(
         name: Name of the service, and of the model in requests; the reference's own if None.
 
     Raises:
-        InvalidInput: the name is not one that KServe accepts, or pods cannot reach the store.
+        InvalidInput: the name is not one that KServe accepts.
     """
     service_name = _check_name(name or reference.name)
     # KServe's clients ask for the model by the service's name.
     served = str(reference) if service_name == reference.name else f"{service_name}={reference}"
-    mounts: list[dict[str, Any]] = [
-        {"name": "scratch", "mountPath": "/tmp"},  # noqa: S108 - a volume of this pod alone
-        {"name": "cache", "mountPath": _CACHE_FOLDER},
-        # As a folder, not by subPath: a secret that changes reaches a running pod only this way.
-        {"name": "tokens", "mountPath": _TOKENS_FOLDER, "readOnly": True},
-    ]
+    serving = cluster.serving
+    volumes, mounts = list_volumes(cluster, scratch_gib=serving.scratch_gib, cache_gib=serving.cache_gib)
+    volumes.append(secret_volume("tokens", serving.tokens_secret, "tokens.json"))
+    mounts.append({"name": "tokens", "mountPath": _TOKENS_FOLDER, "readOnly": True})
     container = {
         "name": "kserve-container",
-        "image": cluster.image,
+        "image": cluster.images.serve,
         "command": ["mint"],
         "args": [
             *("serve", served, "--host", "0.0.0.0", "--port", str(_PORT)),  # noqa: S104 - inside a pod
             *("--tokens", f"{_TOKENS_FOLDER}/tokens.json", "--no-page"),
-            *("--drain-seconds", str(cluster.drain_seconds), "--grace-seconds", str(cluster.grace_seconds)),
+            *("--drain-seconds", str(serving.drain_seconds), "--grace-seconds", str(serving.grace_seconds)),
+            *(("--base", serving.base) if serving.base is not None else ()),
         ],
         # The command keeps a few files below the folder it is started in, and the image's own is read-only.
-        "workingDir": "/tmp",  # noqa: S108 - a volume of this pod alone
-        "env": _list_environment(cluster),
+        "workingDir": SCRATCH_FOLDER,
+        "env": list_environment(cluster, num_cpus=serving.num_cpus),
         "ports": [{"name": "http1", "containerPort": _PORT, "protocol": "TCP"}],
         # Ready means a warm answer was given, so a pod counts as started when it is ready for the first time.
-        "startupProbe": _probe("/readyz", period_seconds=5, num_failures=-(-cluster.load_seconds // 5)),
+        "startupProbe": _probe("/readyz", period_seconds=5, num_failures=-(-serving.load_seconds // 5)),
         "readinessProbe": _probe("/readyz", period_seconds=READY_PERIOD_SECONDS, num_failures=2),
         "livenessProbe": _probe("/healthz", period_seconds=10, num_failures=6),
-        "resources": _same_resources(
+        "resources": same_resources(
             {
-                "cpu": str(cluster.num_cpus),
-                "memory": f"{cluster.memory_gib}Gi",
-                "ephemeral-storage": f"{cluster.scratch_gib + cluster.cache_gib + 1}Gi",
+                "cpu": str(serving.num_cpus),
+                "memory": f"{serving.memory_gib}Gi",
+                "ephemeral-storage": f"{serving.scratch_gib + serving.cache_gib + 1}Gi",
             }
         ),
-        "securityContext": _container_security() | {"readOnlyRootFilesystem": True},
+        "securityContext": secure_container(),
         "volumeMounts": mounts,
     }
-    volumes = [
-        {"name": "scratch", "emptyDir": {"sizeLimit": f"{cluster.scratch_gib}Gi"}},
-        {"name": "cache", "emptyDir": {"sizeLimit": f"{cluster.cache_gib}Gi"}},
-        _secret_volume("tokens", cluster.tokens_secret, "tokens.json"),
-    ]
-    if cluster.s3_ca_config_map is not None:
-        mounts.append({"name": "ca", "mountPath": _CA_FOLDER, "readOnly": True})
-        volumes.append({"name": "ca", "configMap": {"name": cluster.s3_ca_config_map}})
     predictor = {
-        "annotations": {
-            "prometheus.io/scrape": "true",
-            "prometheus.io/port": str(_PORT),
-            "prometheus.io/path": "/metrics",
-        },
-        "minReplicas": cluster.min_replicas,
-        "maxReplicas": cluster.max_replicas,
-        "scaleMetric": "cpu",
-        "scaleTarget": cluster.target_cpu_percent,
+        "labels": label_pod("server", "serving"),
+        "minReplicas": serving.min_replicas,
+        "maxReplicas": serving.max_replicas,
+        **describe_pod(cluster, service_account=serving.service_account),
         "deploymentStrategy": {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": 0, "maxSurge": 1}},
-        "serviceAccountName": cluster.service_account,
-        "automountServiceAccountToken": False,
-        "enableServiceLinks": False,
-        "securityContext": _pod_security(),
-        "terminationGracePeriodSeconds": cluster.drain_seconds + cluster.grace_seconds + _EXIT_SECONDS,
+        "terminationGracePeriodSeconds": serving.drain_seconds + serving.grace_seconds + _EXIT_SECONDS,
         "topologySpreadConstraints": [
             {
                 "maxSkew": 1,
@@ -118,7 +108,12 @@ def render_inference_service(
         "containers": [container],
         "volumes": volumes,
     }
-    annotations = {"serving.kserve.io/deploymentMode": "Standard", "serving.kserve.io/autoscalerClass": "hpa"}
+    if serving.autoscaler == "hpa":
+        predictor |= {"scaleMetric": "cpu", "scaleTarget": serving.target_cpu_percent}
+    annotations = {
+        "serving.kserve.io/deploymentMode": "Standard",
+        "serving.kserve.io/autoscalerClass": serving.autoscaler,
+    }
     return {
         "apiVersion": "serving.kserve.io/v1beta1",
         "kind": "InferenceService",
@@ -162,7 +157,7 @@ def render_vllm(
     max_rank = next((rank for rank in _VLLM_RANKS if rank >= lora_rank), None)
     if max_rank is None:
         raise InvalidInput(f"The adapter has rank {lora_rank}; vLLM loads up to {_VLLM_RANKS[-1]}. Train with less.")
-    gpu, service_name = cluster.gpu, _check_name(name or reference.name)
+    gpu, service_name = cluster.serving.gpu, _check_name(name or reference.name)
     prefix = f"{cluster.s3.prefix}/" if cluster.s3.prefix else ""
     adapter_uri = f"s3://{cluster.s3.bucket}/{prefix}{reference.kind}/{reference.name}/{reference.version}/adapter"
     arguments = f"--max-model-len {student.window_tokens} --tensor-parallel-size {gpu.num_gpus}"
@@ -170,16 +165,13 @@ def render_vllm(
     container = {
         "name": "main",
         "env": [{"name": "VLLM_ADDITIONAL_ARGS", "value": arguments}],
-        "resources": _same_resources(resources),
-        "securityContext": _container_security(),
+        "resources": same_resources(resources),
+        "securityContext": secure_container() | {"readOnlyRootFilesystem": False},
     }
     if gpu.image is not None:
         container["image"] = gpu.image
     template: dict[str, Any] = {
-        "serviceAccountName": cluster.service_account,
-        "automountServiceAccountToken": False,
-        "enableServiceLinks": False,
-        "securityContext": _pod_security(),
+        **describe_pod(cluster, service_account=cluster.serving.service_account),
         "tolerations": [toleration.model_dump(exclude_none=True) for toleration in gpu.tolerations],
         "containers": [container],
     }
@@ -199,7 +191,7 @@ def render_vllm(
                 "name": repository,
                 "lora": {"maxRank": max_rank, "adapters": [{"name": service_name, "uri": adapter_uri}]},
             },
-            "replicas": cluster.min_replicas,
+            "replicas": cluster.serving.min_replicas,
             "router": {"gateway": {}, "route": {}},
             "template": template,
         },
@@ -223,40 +215,10 @@ def _metadata(
         "namespace": cluster.namespace,
         "labels": {
             "app.kubernetes.io/name": name,
-            "app.kubernetes.io/part-of": "mint",
-            "mint.platform/stage": "serving",
+            **label_pod("server", "serving"),
         },
         "annotations": {"mint.platform/reference": str(reference), **annotations},
     }
-
-
-def _list_environment(cluster: ClusterConfig) -> list[dict[str, Any]]:
-    """Environment of a pod of ours: the store's address, its secrets by name, and where files may be written."""
-    if cluster.s3.is_loopback:
-        raise InvalidInput(
-            f"The store at {cluster.s3.endpoint_url} is on this machine's loopback, which no pod reaches. Set "
-            "MINT_S3_ENDPOINT_URL to the address that the cluster uses."
-        )
-    values = {
-        f"MINT_S3_{field.upper()}": str(value).lower() if isinstance(value, bool) else str(value)
-        for field, value in cluster.s3.model_dump(exclude_none=True, exclude={"ca_bundle"}).items()
-        if value != ""
-    }
-    if cluster.s3_ca_config_map is not None:
-        values["MINT_S3_CA_BUNDLE"] = f"{_CA_FOLDER}/ca.crt"
-    values |= {"MINT_CACHE_DIR": _CACHE_FOLDER, "HF_HOME": f"{_CACHE_FOLDER}/hub", "HOME": "/tmp"}  # noqa: S108
-    # Without it every library takes the node's cores for its own, not the pod's.
-    values["OMP_NUM_THREADS"] = str(cluster.num_cpus)
-    secrets = {
-        "AWS_ACCESS_KEY_ID": cluster.s3_secret,
-        "AWS_SECRET_ACCESS_KEY": cluster.s3_secret,
-        "HF_TOKEN": cluster.hub_secret,
-    }
-    return [{"name": key, "value": value} for key, value in values.items()] + [
-        {"name": key, "valueFrom": {"secretKeyRef": {"name": secret, "key": key}}}
-        for key, secret in secrets.items()
-        if secret is not None
-    ]
 
 
 def _probe(path: str, *, period_seconds: int, num_failures: int) -> dict[str, Any]:
@@ -265,31 +227,4 @@ def _probe(path: str, *, period_seconds: int, num_failures: int) -> dict[str, An
         "periodSeconds": period_seconds,
         "timeoutSeconds": min(period_seconds, 5),
         "failureThreshold": num_failures,
-    }
-
-
-def _same_resources(amounts: Mapping[str, str]) -> dict[str, dict[str, str]]:
-    """Requests equal to limits: nothing that a neighbour does can evict or slow a pod down."""
-    return {"requests": dict(amounts), "limits": dict(amounts)}
-
-
-def _pod_security() -> dict[str, Any]:
-    # The numbers are free of meaning, but runAsNonRoot wants a number where an image names its user by name.
-    user = {"runAsUser": 10001, "runAsGroup": 10001, "fsGroup": 10001}
-    return {"runAsNonRoot": True, **user, "seccompProfile": {"type": "RuntimeDefault"}}
-
-
-def _container_security() -> dict[str, Any]:
-    return {
-        "allowPrivilegeEscalation": False,
-        "runAsNonRoot": True,
-        "capabilities": {"drop": ["ALL"]},
-        "seccompProfile": {"type": "RuntimeDefault"},
-    }
-
-
-def _secret_volume(name: str, secret: str, key: str) -> dict[str, Any]:
-    return {
-        "name": name,
-        "secret": {"secretName": secret, "items": [{"key": key, "path": key}], "defaultMode": 0o440},
     }

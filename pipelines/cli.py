@@ -267,6 +267,30 @@ def base(
 
 
 @app.command()
+def token(
+    tenant: Annotated[str, typer.Argument(help="Whose token it is, for instance clinic-a")],
+    file: Annotated[pathlib.Path, typer.Option(help="Tokens file; made if it is not there.")],
+    models: Annotated[list[str] | None, typer.Option("--model", help="Only this model; may be repeated.")] = None,
+    scopes: Annotated[
+        list[str] | None, typer.Option("--scope", help="infer or metrics; may be repeated. Without it: infer.")
+    ] = None,
+    expires_days: Annotated[float | None, typer.Option(help="Not accepted after so many days.")] = None,
+) -> None:
+    """Make a token for the model server: its digest goes to the tokens file, the token to the screen, once."""
+    from pipelines.tokens import add_token
+
+    typer.echo(
+        add_token(
+            file,
+            tenant=tenant,
+            models=tuple(models or ("*",)),
+            scopes=tuple(scopes or ("infer",)),  # type: ignore[arg-type]
+            expires_days=expires_days,
+        )
+    )
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON schema of recipes, for editors."""
     from mint_lib.recipe import recipe_json_schema

@@ -8,16 +8,13 @@ import os
 import pathlib
 import secrets
 import sys
-from typing import Any
 
 import yaml
-from pydantic import ValidationError
 from rich.console import Console
 
-from mint_lib.cluster import ClusterConfig
+from mint_lib.cluster import load_cluster
 from mint_lib.errors import InvalidInput
 from mint_lib.inference_service import render_inference_service, render_vllm
-from mint_lib.plugins import describe_validation_error
 from mint_lib.server.access import AccessConfig, TokensFile, issue_token
 from mint_lib.server.stored_student import read_student
 from mint_lib.server.students import ServedStudent
@@ -49,7 +46,7 @@ def serve_here(
     console.print(f"loading {', '.join(references)} from {store.location}", highlight=False, soft_wrap=True)
 
     def tell_ready(url: str, students: list[ServedStudent]) -> None:
-        _write_private(
+        write_private(
             CONNECTION, Connection(url=url, token_file=token_file, models=tuple(models)).model_dump_json().encode()
         )
         print_usage(url, students, token_file=token_file, has_page=has_page, console=console)
@@ -96,15 +93,12 @@ def print_service(references: list[str], *, store: Store, cluster: pathlib.Path 
     """
     if len(references) != 1 or cluster is None:
         raise InvalidInput(
-            "--render makes one object: give one reference, and --cluster with a YAML file of namespace, image (with "
-            "its digest) and s3 at least; see README."
+            "--render makes one object: give one reference, and --cluster with a YAML file of namespace, images (with "
+            "their digests) and s3 at least; see README."
         )
     [(name, text)] = name_models(references).items()
     reference = store.resolve(text)
-    try:
-        values = ClusterConfig.model_validate(_load_cluster_values(cluster))
-    except ValidationError as error:
-        raise InvalidInput(describe_validation_error(error, ClusterConfig, where=str(cluster))) from None
+    values = load_cluster(cluster)
     if is_vllm:
         facts = read_student(store, reference).facts
         rank = int(str(facts.lora["rank"]))
@@ -114,31 +108,18 @@ def print_service(references: list[str], *, store: Store, cluster: pathlib.Path 
     sys.stdout.write(yaml.safe_dump(document, sort_keys=False, width=1000))
 
 
-def _load_cluster_values(path: pathlib.Path) -> dict[str, Any]:
-    """The keys of a cluster file. Raises InvalidInput: it cannot be read or holds no mapping."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise InvalidInput(
-            f"{path} cannot be read ({type(error).__name__}). Give a YAML file of cluster values."
-        ) from None
-    if not isinstance(values, dict):
-        raise InvalidInput(f"{path} must hold keys and values, for instance `namespace: mint`.")
-    return values
-
-
 def _make_token() -> tuple[pathlib.Path, pathlib.Path]:
     """A tokens file with one token, made once in this folder, and the file that holds the token itself."""
     tokens, token_file = SERVE_FOLDER / "tokens.json", SERVE_FOLDER / "token"
     if tokens.exists() and token_file.exists():
         return tokens, token_file
     token, entry = issue_token("local")
-    _write_private(tokens, TokensFile(tokens=(entry,)).model_dump_json().encode())
-    _write_private(token_file, token.encode())
+    write_private(tokens, TokensFile(tokens=(entry,)).model_dump_json().encode())
+    write_private(token_file, token.encode())
     return tokens, token_file
 
 
-def _write_private(path: pathlib.Path, data: bytes) -> None:
+def write_private(path: pathlib.Path, data: bytes) -> None:
     """Write a file that only this account can read, whole or not at all."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{secrets.token_hex(8)}")

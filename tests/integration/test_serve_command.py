@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import pytest
@@ -139,9 +140,9 @@ def test_alias_is_followed_to_its_next_version(model: Reference, store: Store, t
 
 def test_rendered_service_names_exactly_this_version(model: Reference, tmp_path: pathlib.Path) -> None:
     digest = "a" * 64
-    cluster = {
+    cluster: dict[str, Any] = {
         "namespace": "mint",
-        "image": f"registry.example/mint@sha256:{digest}",
+        "images": {name: f"registry.example/mint-{name}@sha256:{digest}" for name in ("serve", "train")},
         "s3": {"endpoint_url": "https://s3.example", "bucket": "mint"},
     }
     (tmp_path / "cluster.yaml").write_text(yaml.safe_dump(cluster))
@@ -152,6 +153,7 @@ def test_rendered_service_names_exactly_this_version(model: Reference, tmp_path:
     assert str(model) in document["spec"]["predictor"]["containers"][0]["args"]
     refused = mint("serve", "model/tiny", "--render", "--vllm", "--cluster", "cluster.yaml", folder=tmp_path)
     assert [refused.returncode, "hub" in refused.stderr] == [2, True]
-    (tmp_path / "cluster.yaml").write_text(yaml.safe_dump(cluster | {"image": "registry.example/mint:latest"}))
+    tagged = cluster["images"] | {"serve": "registry.example/mint:latest"}
+    (tmp_path / "cluster.yaml").write_text(yaml.safe_dump(cluster | {"images": tagged}))
     moving = mint("serve", "model/tiny", "--render", "--cluster", "cluster.yaml", folder=tmp_path)
     assert [moving.returncode, "image" in moving.stderr] == [2, True]

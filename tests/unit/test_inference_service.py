@@ -9,7 +9,7 @@ import typer
 import yaml
 from pydantic import ValidationError
 
-from mint_lib.cluster import ClusterConfig, GpuConfig, Toleration
+from mint_lib.cluster import ClusterConfig, GpuConfig, Images, Toleration, load_cluster
 from mint_lib.errors import InvalidInput
 from mint_lib.inference_service import MAX_NAME_LENGTH, render_inference_service, render_vllm
 from mint_lib.records import Reference
@@ -20,18 +20,25 @@ from pipelines.cli import app
 
 REFERENCE = Reference(kind="model", name="quickstart", version="v000003", digest="sha256:" + "ab" * 32)
 IMAGE = "registry.example.org:5000/mint/serve@sha256:" + "cd" * 32
+TRAIN_IMAGE = "registry.example.org:5000/mint/train@sha256:" + "ef" * 32
 STORE = S3Settings(endpoint_url="https://s3.example.org", bucket="models", prefix="team/a")
-CLUSTER = ClusterConfig(namespace="clinic", image=IMAGE, s3=STORE)
+CLUSTER = ClusterConfig(namespace="clinic", images=Images(serve=IMAGE, train=TRAIN_IMAGE), s3=STORE)
 HUB_STUDENT = StudentConfig(model="hub:some-lab/Base-1B-Instruct", revision="0123456789" * 4, window_tokens=768)
 
 
+def cluster_with(changes: dict[str, Any]) -> ClusterConfig:
+    """The cluster with other values: of its own, and of its section `serving`."""
+    own = {key: value for key, value in changes.items() if key in ClusterConfig.model_fields}
+    serving = {key: value for key, value in changes.items() if key not in own}
+    return CLUSTER.model_copy(update={"serving": CLUSTER.serving.model_copy(update=serving), **own})
+
+
 def service(**changes: Any) -> dict[str, Any]:
-    return render_inference_service(REFERENCE, cluster=CLUSTER.model_copy(update=changes))
+    return render_inference_service(REFERENCE, cluster=cluster_with(changes))
 
 
 def vllm(**changes: Any) -> dict[str, Any]:
-    cluster = CLUSTER.model_copy(update=changes)
-    return render_vllm(REFERENCE, cluster=cluster, student=HUB_STUDENT, lora_rank=16)
+    return render_vllm(REFERENCE, cluster=cluster_with(changes), student=HUB_STUDENT, lora_rank=16)
 
 
 def pod_of(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -251,11 +258,27 @@ def test_pod_asks_for_what_it_is_limited_to_and_computes_with_that_many_threads(
     assert environment_of(manifest)["OMP_NUM_THREADS"] == "6"
 
 
-def test_service_is_announced_to_prometheus_on_its_own_port() -> None:
-    manifest = service()
-    annotations = pod_of(manifest)["annotations"]
-    assert annotations["prometheus.io/port"] == str(container_of(manifest)["ports"][0]["containerPort"])
-    assert annotations["prometheus.io/path"] == "/metrics"
+def test_pod_carries_the_labels_that_network_policies_select() -> None:
+    labels = pod_of(service())["labels"]
+    assert labels["app.kubernetes.io/part-of"] == "mint"
+    assert labels["app.kubernetes.io/component"] == "server"
+
+
+def test_service_with_an_external_autoscaler_leaves_scaling_alone() -> None:
+    manifest = service(autoscaler="external")
+    assert manifest["metadata"]["annotations"]["serving.kserve.io/autoscalerClass"] == "external"
+    assert not {"scaleMetric", "scaleTarget"} & pod_of(manifest).keys()
+
+
+def test_service_with_a_base_in_the_store_loads_it_from_there() -> None:
+    arguments = container_of(service(base="base/smollm2"))["args"]
+    assert arguments[arguments.index("--base") + 1] == "base/smollm2"
+
+
+def test_pod_without_a_user_of_ours_leaves_it_to_the_platform() -> None:
+    security = pod_of(service(user_id=None))["securityContext"]
+    assert not {"runAsUser", "runAsGroup", "fsGroup"} & security.keys()
+    assert security["runAsNonRoot"] is True
 
 
 @pytest.mark.parametrize(
@@ -271,7 +294,7 @@ def test_service_is_announced_to_prometheus_on_its_own_port() -> None:
 )
 def test_cluster_with_an_image_that_can_move_is_refused(image: str) -> None:
     with pytest.raises(ValidationError, match="image"):
-        ClusterConfig(namespace="clinic", image=image, s3=STORE)
+        ClusterConfig(namespace="clinic", images={"serve": image, "train": TRAIN_IMAGE}, s3=STORE)
     with pytest.raises(ValidationError, match="image"):
         GpuConfig(image=image)
 
@@ -279,18 +302,21 @@ def test_cluster_with_an_image_that_can_move_is_refused(image: str) -> None:
 @pytest.mark.parametrize(
     "values",
     [
-        {"min_replicas": 5, "max_replicas": 4},
-        {"drain_seconds": 1},
+        {"serving": {"min_replicas": 5, "max_replicas": 4}},
+        {"serving": {"drain_seconds": 1}},
         {"namespace": "Clinic"},
-        {"tokens_secret": "../tokens"},
-        {"replicas": 3},
-        {"gpu": {"tolerations": [{"key": "a", "operator": "Equal"}]}},
-        {"gpu": {"tolerations": [{"key": "a", "value": "b"}]}},
+        {"serving": {"tokens_secret": "../tokens"}},
+        {"serving": {"replicas": 3}},
+        {"serving": {"gpu": {"tolerations": [{"key": "a", "operator": "Equal"}]}}},
+        {"serving": {"gpu": {"tolerations": [{"key": "a", "value": "b"}]}}},
+        {"kubeflow": {"host": "https://name:secret@kubeflow.example.org"}},
+        {"ray": {"version": "latest"}},
+        {"user_id": 0},
     ],
 )
 def test_cluster_with_a_value_that_cannot_work_is_refused(values: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
-        ClusterConfig.model_validate({"namespace": "clinic", "image": IMAGE, "s3": STORE} | values)
+        ClusterConfig.model_validate(CLUSTER.model_dump() | values)
 
 
 @pytest.mark.parametrize("name", ["1st", "a" * (MAX_NAME_LENGTH + 1), "Quick", "a-", "a.b", "a_b"])
@@ -302,10 +328,32 @@ def test_service_with_a_name_that_kserve_refuses_is_refused_in_words(name: str) 
 
 
 @pytest.mark.parametrize("endpoint_url", ["http://127.0.0.1:8333", "http://localhost:9000", "http://[::1]:9000"])
-def test_service_with_a_store_on_loopback_is_refused(endpoint_url: str) -> None:
-    cluster = CLUSTER.model_copy(update={"s3": S3Settings(endpoint_url=endpoint_url)})
-    with pytest.raises(InvalidInput, match="MINT_S3_ENDPOINT_URL"):
-        render_inference_service(REFERENCE, cluster=cluster)
+def test_cluster_with_a_store_on_loopback_is_refused(endpoint_url: str) -> None:
+    with pytest.raises(ValidationError, match="loopback"):
+        ClusterConfig.model_validate(CLUSTER.model_dump() | {"s3": {"endpoint_url": endpoint_url}})
+
+
+def test_cluster_file_is_read_as_it_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "cluster.yaml"
+    path.write_text(yaml.safe_dump(CLUSTER.model_dump(mode="json")))
+    assert load_cluster(path) == CLUSTER
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [(None, "FileNotFoundError"), ("[1", "cannot be read"), ("- 1", "keys and values"), ("name: x", "name")],
+)
+def test_cluster_file_that_cannot_be_used_is_refused_in_words(tmp_path: Path, text: str | None, expected: str) -> None:
+    path = tmp_path / "cluster.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(InvalidInput, match=expected):
+        load_cluster(path)
+
+
+def test_ray_version_of_a_cluster_is_the_one_that_is_pinned() -> None:
+    constraints = (Path(__file__).parents[2] / ".ci" / "constraints.txt").read_text()
+    assert f"\nray=={CLUSTER.ray.version}\n" in constraints
 
 
 def test_vllm_serves_the_base_at_its_commit_and_the_adapter_of_the_version() -> None:
