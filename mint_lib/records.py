@@ -24,7 +24,12 @@ _REFERENCE = re.compile(
     r"(?P<kind>[a-z]+)/(?P<name>[a-z0-9][a-z0-9-]{0,62})@(?P<version>v\d{6,})#(?P<digest>sha256:[0-9a-f]{64})"
 )
 
-_SERVING_ONLY = frozenset(("engine", "server", "serving.py", "cluster.py", "inference_service.py"))
+_NO_STAGE_READS = frozenset(
+    (
+        *("engine", "server", "serving.py", "inference_service.py"),
+        *("cluster.py", "placement.py", "pods.py", "ray_job.py"),
+    )
+)
 
 
 class Record(BaseModel):
@@ -182,14 +187,14 @@ class StageRecord(Record):
 def code_version() -> str:
     """The package's version and a hash of the stages' sources and templates: a cached output never outlives its code.
 
-    What only serves models is left out: no output of a stage depends on it.
+    What only serves models or places work on a cluster is left out: no output of a stage depends on it.
     """
     folder = pathlib.Path(__file__).parent
     sources = sorted(
         path
         for suffix in ("*.py", "*.yaml", "*.html")
         for path in folder.rglob(suffix)
-        if path.relative_to(folder).parts[0] not in _SERVING_ONLY
+        if path.relative_to(folder).parts[0] not in _NO_STAGE_READS
     )
     hasher = hashlib.sha256()
     for path in sources:
