@@ -17,6 +17,7 @@
     │   ├── DeadlineExceeded           the answer was not ready in time
     │   ├── Draining                   the server is shutting down
     │   └── ComputationFailed          the model failed on this one request
+    ├── ClusterError (RuntimeError)    Kubernetes, or something that runs on it, did not do what was asked
     └── MissingDependency (ImportError)  a package, a model or a tool that this machine lacks
 
 Every one pickles (Ray and KFP carry errors between processes) and never holds the content of a case.
@@ -106,6 +107,10 @@ class Draining(ServingError):
 
 class ComputationFailed(ServingError):
     """The model failed on this request: an exception or numbers that are not finite."""
+
+
+class ClusterError(MintError, RuntimeError):
+    """Kubernetes, or something that runs on it, did not do what was asked."""
 
 
 class MissingDependency(MintError, ImportError):

@@ -8,7 +8,7 @@ version, so an unchanged step is found in the store wherever it ran first.
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ValidationError
@@ -71,11 +71,7 @@ def run_stage(stage_name: str, config_json: str, inputs: Mapping[str, str], *, s
         RecipeError: the config is not valid for this stage.
         InvalidInput: an input is missing, unknown or not a reference.
     """
-    stage = STAGES[stage_name]
-    try:
-        config = stage.config_type.model_validate_json(config_json)
-    except ValidationError as error:
-        raise RecipeError(describe_validation_error(error, stage.config_type, where=stage_name)) from None
+    stage, config = STAGES[stage_name], parse_config(stage_name, config_json)
     parsed = parse_inputs(stage_name, inputs)
     key = output_key(stage_name, config, parsed)
     known = store.find_output(key)
@@ -87,6 +83,33 @@ def run_stage(stage_name: str, config_json: str, inputs: Mapping[str, str], *, s
     store.remember_output(key, reference)
     logger.info("%s: done, %s", stage_name, reference)
     return Outcome(reference, False)
+
+
+def parse_config(stage_name: str, config_json: str) -> BaseModel:
+    """A stage's config; RecipeError if it is not valid."""
+    config_type = STAGES[stage_name].config_type
+    try:
+        return config_type.model_validate_json(config_json)
+    except ValidationError as error:
+        raise RecipeError(describe_validation_error(error, config_type, where=stage_name)) from None
+
+
+def group_words(stage_name: str, words: Iterable[str]) -> dict[str, str]:
+    """`NAME=REFERENCE` and `NAME=KEY=REFERENCE` words as the inputs that `run_stage` takes.
+
+    Raises:
+        InvalidInput: a word has no `=`, or an input of one reference is given twice.
+    """
+    stage = STAGES[stage_name]
+    inputs = dict.fromkeys(stage.input_maps, "")
+    for word in words:
+        name, separator, value = word.partition("=")
+        if not separator:
+            raise InvalidInput(f"{word[:200]!r} is not an input. Write NAME=REFERENCE or NAME=KEY=REFERENCE.")
+        if name in inputs and name not in stage.input_maps:
+            raise InvalidInput(f"{stage_name} takes one reference as {name} and was given several. Give one.")
+        inputs[name] = f"{inputs.get(name, '')} {value}".strip()
+    return inputs
 
 
 def parse_inputs(stage_name: str, inputs: Mapping[str, str]) -> Inputs:

@@ -10,6 +10,7 @@ import logging
 import os
 import pathlib
 import shutil
+import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -122,7 +123,10 @@ def ray_session(num_cpus: int) -> Iterator[None]:
             local["_node_ip_address"] = "127.0.0.1"
             # Ray lowers its workers' priority by default: then whatever else the machine does starves the training.
             os.environ.setdefault("RAY_worker_niceness", "0")
+        on_terminate = signal.getsignal(signal.SIGTERM)
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **local)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_terminate)  # Ray puts its own in the place of the process's
         try:
             yield
         finally:
