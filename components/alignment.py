@@ -6,8 +6,10 @@ from components.component import component
 
 
 @component
-def alignment(config: str, preferences: str, metrics: dsl.Output[dsl.Metrics]) -> str:
+def alignment(
+    config: str, preferences: str, metrics: dsl.Output[dsl.Metrics], version: dsl.Output[dsl.Artifact]
+) -> str:
     """Align a student on preference pairs."""
     from components.component import run_component
 
-    return run_component("alignment", config, {"preferences": preferences}, metrics)
+    return run_component("alignment", config, {"preferences": preferences}, metrics, version)

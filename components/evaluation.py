@@ -14,6 +14,7 @@ def evaluation(
     students: str,
     baselines: str,
     metrics: dsl.Output[dsl.Metrics],
+    version: dsl.Output[dsl.Artifact],
     html: dsl.Output[dsl.HTML],
 ) -> str:
     """Measure every system on the same test cases and write the report."""
@@ -26,4 +27,4 @@ def evaluation(
         "students": students,
         "baselines": baselines,
     }
-    return run_component("evaluation", config, inputs, metrics, html)
+    return run_component("evaluation", config, inputs, metrics, version, html)

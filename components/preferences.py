@@ -6,8 +6,10 @@ from components.component import component
 
 
 @component
-def preferences(config: str, cases: str, rankings: str, metrics: dsl.Output[dsl.Metrics]) -> str:
+def preferences(
+    config: str, cases: str, rankings: str, metrics: dsl.Output[dsl.Metrics], version: dsl.Output[dsl.Artifact]
+) -> str:
     """Turn rankings into preference pairs."""
     from components.component import run_component
 
-    return run_component("preferences", config, {"cases": cases, "rankings": rankings}, metrics)
+    return run_component("preferences", config, {"cases": cases, "rankings": rankings}, metrics, version)

@@ -74,3 +74,10 @@ class StepsOnCluster(BaseModel):
     alignment: StepOnCluster = StepOnCluster(num_cpus=2, memory_gib=12)
     evaluation: StepOnCluster = StepOnCluster(memory_gib=12)
     registry: StepOnCluster = StepOnCluster()
+
+    @model_validator(mode="after")
+    def _runs_on_ray_what_computes_there(self) -> Self:
+        for stage in ("data", "preferences", "evaluation", "registry"):
+            if getattr(self, stage).ray is not None:
+                raise ValueError(f"{stage} cannot be a Ray job; only teacher and alignment may have `ray`")
+        return self

@@ -14,6 +14,7 @@ from mint_lib.alignment import AlignmentConfig, AlignmentMethod
 from mint_lib.data import DataConfig, DataSource
 from mint_lib.errors import RecipeError
 from mint_lib.evaluation import EvaluationConfig, EvaluationTask
+from mint_lib.placement import StepsOnCluster
 from mint_lib.plugins import describe_validation_error, load_plugin, parse_plugin_config
 from mint_lib.preferences import PreferencesConfig
 from mint_lib.records import Name
@@ -80,6 +81,8 @@ class Recipe(BaseModel):
     registry: RegistryConfig
     serving: ServingConfig = ServingConfig()
     """How the registered model is served by `mint run --serve`; no step of the flow."""
+    cluster: StepsOnCluster = StepsOnCluster()
+    """What the steps need on a cluster; a run on this machine does not look at it."""
 
     @model_validator(mode="before")
     @classmethod

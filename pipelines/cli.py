@@ -4,17 +4,14 @@ Every command loads what it needs when it runs, so that `--help` answers at once
 """
 
 import json
-import os
 import pathlib
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from mint_lib.recipe import Recipe
+from pipelines.cluster_commands import compile_pipeline, submit
+from pipelines.options import ClusterPath, Overrides, RecipePath, load, load_cluster_file, log_to_stderr, make_console
 
 app = typer.Typer(
     help="MINT: move what a multimodal teacher knows into a student that sees one modality only.",
@@ -22,10 +19,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-RecipePath = Annotated[pathlib.Path, typer.Argument(help="A recipe, for instance pipelines/recipes/quickstart.yaml")]
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one value: --set alignment.epochs=2")
-]
 ReferenceText = Annotated[
     str, typer.Argument(help="kind/name, kind/name@v000001, kind/name@champion or a full reference")
 ]
@@ -57,8 +50,8 @@ def run(
     from pipelines.result import print_result
     from pipelines.stores import LOCAL_FOLDER, open_store
 
-    loaded = _load(recipe, overrides)
-    console = _console()
+    loaded = load(recipe, overrides)
+    console = make_console()
     with open_store() as store:
         console.print(f"[bold]{loaded.name}[/bold]: {loaded.description}", highlight=False)
         console.print(f"store: {store.location}", highlight=False)
@@ -68,7 +61,7 @@ def run(
         if serve:
             from pipelines.serve import serve_here
 
-            _log_to_stderr()
+            log_to_stderr()
             model = next(str(item.reference) for item in planned if item.step.stage == "registry")
             serve_here([model], store=store, config=loaded.serving, has_page=True, console=console)
 
@@ -76,11 +69,11 @@ def run(
 @app.command()
 def plan(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Show every step of a recipe: config, inputs, what is cached, what would be written. Nothing runs."""
-    from pipelines.planning import plan_steps
+    from pipelines.planning import describe_placement, plan_steps
     from pipelines.stores import open_store
 
-    loaded = _load(recipe, overrides)
-    console = _console()
+    loaded = load(recipe, overrides)
+    console = make_console()
     with open_store() as store:
         planned = plan_steps(loaded, store=store)
     for item in planned:
@@ -92,22 +85,28 @@ def plan(recipe: RecipePath, overrides: Overrides = None) -> None:
         for name, source in item.step.inputs.items():
             console.print(f"  input {name}: {json.dumps(source)}", highlight=False, markup=False)
         console.print(f"  config: {item.step.config.model_dump_json()}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"  on a cluster: {describe_placement(loaded, item.step)}", highlight=False)
     num_cached = sum(item.reference is not None for item in planned)
     console.print(f"\n{len(planned)} steps, {num_cached} cached, {len(planned) - num_cached} would run.")
 
 
 @app.command()
-def doctor() -> None:
-    """Say what is missing on this machine (or in this pod) and how to mend it."""
+def doctor(cluster: ClusterPath = None) -> None:
+    """Say what is missing on this machine (or in this pod), or on a cluster, and how to mend it."""
     from rich.table import Table
 
-    from pipelines.doctor import run_checks
-
     table = Table("check", "status", "found", "to mend", box=None)
-    checks = list(run_checks())
+    if cluster is None:
+        from pipelines.doctor import run_checks
+
+        checks = list(run_checks())
+    else:
+        from pipelines.cluster_doctor import run_cluster_checks
+
+        checks = list(run_cluster_checks(load_cluster_file(cluster)))
     for check in checks:
         table.add_row(check.name, check.status, check.detail, "" if check.status == "ok" else check.mend)
-    _console().print(table)
+    make_console().print(table)
     if any(check.status == "missing" for check in checks):
         raise typer.Exit(1)
 
@@ -123,7 +122,7 @@ def list_versions(kind: Annotated[str | None, typer.Argument(help="cases, rankin
     wanted = [each_kind for each_kind in KINDS if kind in (None, each_kind)]
     if not wanted:
         raise InvalidInput(f"{kind!r} is not a kind. Choose one of: {', '.join(KINDS)}.")
-    console = _console()
+    console = make_console()
     with open_store() as store:
         for each_kind in wanted:
             for name in store.list_names(each_kind):
@@ -137,7 +136,7 @@ def show(reference: ReferenceText) -> None:
     from pipelines.stores import open_store
 
     with open_store() as store:
-        print_version(store.resolve(reference), store=store, console=_console())
+        print_version(store.resolve(reference), store=store, console=make_console())
 
 
 @app.command()
@@ -154,7 +153,7 @@ def promote(
 
     with open_store() as store:
         alias = promote_model(store, model, who=who, why=why)
-        _console().print(f"champion is {alias.reference}", highlight=False, soft_wrap=True)
+        make_console().print(f"champion is {alias.reference}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -167,7 +166,7 @@ def rollback(
 
     with open_store() as store:
         alias = rollback_model(store, name, who=who, why=why)
-        _console().print(f"champion is {alias.reference}", highlight=False, soft_wrap=True)
+        make_console().print(f"champion is {alias.reference}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -215,7 +214,7 @@ def serve(
         if render:
             print_service(references, store=store, cluster=cluster, is_vllm=vllm)
             return
-        _log_to_stderr()
+        log_to_stderr()
         serve_here(
             references,
             store=store,
@@ -224,7 +223,7 @@ def serve(
             port=port,
             tokens=tokens,
             has_page=page,
-            console=_console(),
+            console=make_console(),
         )
 
 
@@ -248,7 +247,7 @@ def ask(
     if as_json:
         typer.echo(json.dumps(answer, indent=2, ensure_ascii=False))
     else:
-        print_answer(answer, _console())
+        print_answer(answer, make_console())
 
 
 @app.command()
@@ -298,19 +297,8 @@ def schema() -> None:
     typer.echo(json.dumps(recipe_json_schema(), indent=2))
 
 
-@app.command(name="compile")
-def compile_pipeline(
-    recipe: RecipePath,
-    output: Annotated[pathlib.Path, typer.Option("--output", "-o", help="Where to write the IR YAML")],
-    overrides: Overrides = None,
-) -> None:
-    """Compile a recipe's pipeline to Kubeflow IR YAML."""
-    from kfp import compiler
-
-    from pipelines.mint import build_pipeline
-
-    compiler.Compiler().compile(build_pipeline(_load(recipe, overrides)), str(output))
-    _console().print(f"wrote {output}")
+app.command(name="compile")(compile_pipeline)
+app.command()(submit)
 
 
 @app.command()
@@ -324,7 +312,7 @@ def gc(
     with open_store() as store:
         seconds = older_than_hours * 3600
         orphans = store.collect_orphans(older_than_seconds=seconds) if delete else store.list_orphans()
-    console = _console()
+    console = make_console()
     for orphan in orphans:
         console.print(f"{orphan.version}  {orphan.num_objects} objects", highlight=False, soft_wrap=True)
     console.print(f"{len(orphans)} unfinished versions {'deleted' if delete else 'found; --delete removes old ones'}.")
@@ -345,8 +333,8 @@ def _add_stage_command(stage: str, doc: str) -> None:
         from pipelines.single_step import run_single_step
         from pipelines.stores import open_store
 
-        loaded = _load(recipe, overrides)
-        _log_to_stderr()
+        loaded = load(recipe, overrides)
+        log_to_stderr()
         with open_store() as store:
             reference = run_single_step(loaded, stage, step_id=step, inputs=tuple(inputs or ()), store=store)
         typer.echo(str(reference))
@@ -364,29 +352,6 @@ for _stage, _doc in {
     "registry": "Publish a student with its card and report as a model version.",
 }.items():
     _add_stage_command(_stage, _doc)
-
-
-def _load(path: pathlib.Path, overrides: list[str] | None) -> "Recipe":
-    from mint_lib.recipe import load_recipe
-
-    return load_recipe(path, overrides=tuple(overrides or ()))
-
-
-def _console() -> "Console":
-    from rich.console import Console
-
-    # An explicit file: a run redirects sys.stdout to collect what the steps print.
-    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else int(os.environ.get("COLUMNS", "120")))
-
-
-def _log_to_stderr() -> None:
-    import logging
-
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-    # What libraries say to their developers is of no use to whoever runs a stage or a server.
-    logging.captureWarnings(True)
-    for name in ("py.warnings", "botocore", "uvicorn"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 if __name__ == "__main__":

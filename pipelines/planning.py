@@ -38,6 +38,19 @@ def plan_steps(recipe: Recipe, *, store: Store) -> list[PlannedStep]:
     return planned
 
 
+def describe_placement(recipe: Recipe, step: Step) -> str:
+    """Where a step runs on a cluster, in words; for a Ray job the amounts are each worker pod's."""
+    placement = getattr(recipe.cluster, step.stage)
+    amounts = [f"{placement.num_cpus} cores", f"{placement.memory_gib} GiB of memory"]
+    if placement.num_gpus:
+        amounts.append(f"{placement.num_gpus} x {placement.gpu_resource}")
+    if placement.ray is None:
+        return f"its pod, {', '.join(amounts)}"
+    num_workers = step.config.model_dump().get("num_workers", 1)
+    num_pods = math.ceil(num_workers / placement.ray.workers_per_pod) if num_workers > 1 else 1
+    return f"a Ray job, {num_pods} x ({', '.join(amounts)}), ended after {placement.ray.deadline_hours:g} h"
+
+
 def _resolve_inputs(
     step: Step, known: Mapping[str, Reference]
 ) -> dict[str, Reference | Mapping[str, Reference]] | None:
