@@ -22,9 +22,10 @@ from mint_lib.server.lifecycle import Readiness
 from mint_lib.server.metrics import ServingMetrics
 from mint_lib.server.students import Lineup
 
-RULES = Path(__file__).parents[2] / "helm" / "files" / "serving-alerts.yaml"
-CASES = Path(__file__).with_name("serving_alerts_test.yaml")
-GROUPS = yaml.safe_load(RULES.read_text())["groups"]
+FILES = Path(__file__).parents[2] / "helm" / "files"
+RULE_FILES = (FILES / "serving-alerts.yaml", FILES / "serving-autoscaling.yaml")
+CASE_FILES = [Path(__file__).with_name(f"serving_{name}_test.yaml") for name in ("alerts", "autoscaling")]
+GROUPS = [group for file in RULE_FILES for group in yaml.safe_load(file.read_text())["groups"]]
 ALERTS = {rule["alert"]: rule for group in GROUPS for rule in group["rules"] if "alert" in rule}
 RECORDED = {rule["record"] for group in GROUPS for rule in group["rules"] if "record" in rule}
 EXPRESSIONS = [rule["expr"] for group in GROUPS for rule in group["rules"]]
@@ -33,6 +34,12 @@ RATIOS = (
     "mint_serving:overloaded_share:ratio5m",
     "mint_serving:label_share:ratio1h",
 )
+SETTINGS = {
+    f"mint_serving:setting_{name}": value
+    for name, value in {"requests_per_replica": 3, "queue_wait_seconds": 1, "max_replicas": 4}.items()
+}
+"""What the chart records of each service."""
+SCALING = ("mint_serving:wanted_replicas", "mint_serving:hold")
 needs_promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
 
 
@@ -49,28 +56,26 @@ def list_outcomes(metrics: ServingMetrics) -> set[str]:
 
 @needs_promtool
 def test_rules_are_accepted_by_promtool() -> None:
-    done = subprocess.run(["promtool", "check", "rules", RULES], capture_output=True, text=True)
+    done = subprocess.run(["promtool", "check", "rules", *RULE_FILES], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 @needs_promtool
 def test_rules_with_a_broken_expression_are_refused_by_promtool(tmp_path: Path) -> None:
     broken = tmp_path / "rules.yaml"
-    broken.write_text(
-        RULES.read_text().replace("sum by (job) (mint_serving_ready) == 0", "sum by (job mint_serving_ready")
-    )
+    broken.write_text(RULE_FILES[0].read_text().replace("(mint_serving_ready) == 0", "(mint_serving_ready == 0"))
     assert subprocess.run(["promtool", "check", "rules", broken], capture_output=True).returncode != 0
 
 
 @needs_promtool
 def test_alerts_fire_and_stay_silent_as_the_cases_say() -> None:
-    done = subprocess.run(["promtool", "test", "rules", CASES], capture_output=True, text=True)
+    done = subprocess.run(["promtool", "test", "rules", *CASE_FILES], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_cases_hold_a_firing_and_a_silent_one_for_each_alert() -> None:
     seen: dict[str, set[bool]] = {name: set() for name in ALERTS}
-    for case in yaml.safe_load(CASES.read_text())["tests"]:
+    for case in (case for file in CASE_FILES for case in yaml.safe_load(file.read_text())["tests"]):
         (check,) = case["promql_expr_test"]
         alert = case["name"].split()[0]
         assert check["expr"] == f'count(ALERTS{{alertname="{alert}",alertstate="firing"}})'
@@ -91,7 +96,7 @@ def test_rules_name_only_metrics_that_the_server_has() -> None:
         bare = re.sub(r'"[^"]*"|\b(?:by|on|group_left) \([^)]*\)', "", expression)
         named = set(re.findall(r"\b(?:mint_serving|process)_[a-z_]+", bare)) - {"mint_serving"}
         assert named <= exported, f"not exported: {named - exported}"
-        assert set(re.findall(r"\bmint_serving:[a-z0-9_:]+", bare)) <= RECORDED
+        assert set(re.findall(r"\bmint_serving:[a-z0-9_:]+", bare)) <= RECORDED | SETTINGS.keys()
 
 
 def test_rules_compare_outcomes_and_routes_that_the_server_tells_apart() -> None:
@@ -140,11 +145,23 @@ def monitored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[st
         def job(name: str, token: str) -> dict[str, Any]:
             (folder / name).write_text(token)
             credentials = {"type": "Bearer", "credentials_file": str(folder / name)}
-            return {"job_name": name, "authorization": credentials, "static_configs": [{"targets": [address]}]}
+            labels = {"namespace": "mint", "service": "tiny"}
+            targets = {"targets": [address], "labels": labels}
+            return {"job_name": name, "authorization": credentials, "static_configs": [targets]}
+
+        settings = [
+            {"record": record, "expr": f"vector({value})", "labels": {"job": "mint"}}
+            for record, value in SETTINGS.items()
+        ]
+        groups = [{"name": "settings", "interval": "1s", "rules": settings}]
+        (folder / "settings.yaml").write_text(yaml.safe_dump({"groups": groups}))
+        # As often as scrapes are here: the chart's own interval suits scrapes every 15 s.
+        scaling = RULE_FILES[1].read_text().replace("interval: 15s", "interval: 1s")
+        (folder / "scaling.yaml").write_text(scaling)
 
         config = {
             "global": {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"},
-            "rule_files": [str(RULES)],
+            "rule_files": [str(RULE_FILES[0]), str(folder / "scaling.yaml"), str(folder / "settings.yaml")],
             "scrape_configs": [job("mint", watching), job("without-scope", asking), job("unknown", "no-such-token")],
         }
         (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
@@ -171,7 +188,12 @@ def monitored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[st
 def scrape_and_ask(client: httpx.Client, ask: Callable[[str, dict[str, str]], Any]) -> bool:
     """Whether Prometheus has computed what is asked for; sends one more case, as rates need some between scrapes."""
     client.post("/v1/models/tiny:predict", json={"instances": [{"text": "One more invented case."}]})
-    computed = ('mint_serving:requests:rate5m{outcome="ok"} > 0', *RATIOS, "mint_serving:request_seconds:p95_5m > 0")
+    computed = (
+        'mint_serving:requests:rate5m{outcome="ok"} > 0',
+        *RATIOS,
+        *SCALING,
+        "mint_serving:request_seconds:p95_5m > 0",
+    )
     with contextlib.suppress(httpx.HTTPError):
         return all(ask("query", {"query": expression})["result"] for expression in computed)
     return False
@@ -210,7 +232,7 @@ def test_prometheus_evaluates_every_rule_and_a_sound_server_raises_no_alert(
     monitored: Callable[[str, dict[str, str]], Any],
 ) -> None:
     rules = [rule for group in monitored("rules", {})["groups"] for rule in group["rules"]]
-    assert {rule["name"] for rule in rules} == ALERTS.keys() | RECORDED
+    assert {rule["name"] for rule in rules} == ALERTS.keys() | RECORDED | SETTINGS.keys()
     assert {rule["name"]: rule.get("lastError", "") for rule in rules if rule["health"] != "ok"} == {}
     assert monitored("query", {"query": "ALERTS"})["result"] == []
 
@@ -224,3 +246,15 @@ def test_prometheus_records_what_the_server_answered(monitored: Callable[[str, d
     assert sum(float(share["value"][1]) for share in shares) == pytest.approx(1, abs=1e-6)
     (slow,) = monitored("query", {"query": "mint_serving:request_seconds:p95_5m"})["result"]
     assert 0 < float(slow["value"][1]) < 10
+
+
+def test_prometheus_answers_what_the_autoscaler_asks(monitored: Callable[[str, dict[str, str]], Any]) -> None:
+    for name in SCALING:
+        (figure,) = monitored("query", {"query": f'{name}{{job="mint"}}'})["result"]
+        assert figure["metric"]["service"] == "tiny"
+        assert figure["metric"]["namespace"] == "mint"
+    # One server that is ready and has nothing to do: nothing is held, and at most a replica is wanted.
+    (hold,) = monitored("query", {"query": SCALING[1]})["result"]
+    assert hold["value"][1] == "0"
+    (wanted,) = monitored("query", {"query": SCALING[0]})["result"]
+    assert float(wanted["value"][1]) <= 1
