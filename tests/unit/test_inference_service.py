@@ -1,4 +1,3 @@
-import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -55,32 +54,6 @@ def environment_of(manifest: dict[str, Any]) -> dict[str, Any]:
     return {entry["name"]: entry.get("value", entry.get("valueFrom")) for entry in container_of(manifest)["env"]}
 
 
-def find_restricted_violations(pod: dict[str, Any]) -> set[str]:
-    """What Kubernetes' Pod Security Standard `restricted` (and `baseline` below it) forbids in a pod's spec."""
-    allowed_volumes = {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim"}
-    allowed_volumes |= {"projected", "secret"}
-    found = {f"pod {key}" for key in ("hostNetwork", "hostPID", "hostIPC") if pod.get(key)}
-    found |= {
-        f"volume {kind}" for volume in pod.get("volumes", []) for kind in volume.keys() - {"name"} - allowed_volumes
-    }
-    outer = pod.get("securityContext", {})
-    for container in pod["containers"] + pod.get("initContainers", []):
-        inner = container.get("securityContext", {})
-        effective = {**outer, **inner}
-        checks = {
-            "privileged": not inner.get("privileged"),
-            "allowPrivilegeEscalation": inner.get("allowPrivilegeEscalation") is False,
-            "runAsNonRoot": effective.get("runAsNonRoot") is True,
-            "runAsUser": effective.get("runAsUser") != 0,
-            "seccompProfile": effective.get("seccompProfile", {}).get("type") in ("RuntimeDefault", "Localhost"),
-            "drop ALL": "ALL" in inner.get("capabilities", {}).get("drop", []),
-            "add": set(inner.get("capabilities", {}).get("add", [])) <= {"NET_BIND_SERVICE"},
-            "hostPort": not any(port.get("hostPort") for port in container.get("ports", [])),
-        }
-        found |= {name for name, holds in checks.items() if not holds}
-    return found
-
-
 @pytest.mark.parametrize(
     "manifest",
     [
@@ -113,30 +86,6 @@ def test_crd_check_with_a_misspelt_or_mistyped_field_names_it(kind: str) -> None
 @pytest.mark.parametrize("manifest", [service(), vllm()], ids=["service", "vllm"])
 def test_rendered_object_survives_yaml(manifest: dict[str, Any]) -> None:
     assert yaml.safe_load(yaml.safe_dump(manifest)) == manifest
-
-
-@pytest.mark.parametrize("manifest", [service(s3_ca_config_map="ca"), vllm()], ids=["service", "vllm"])
-def test_pod_meets_pod_security_restricted(manifest: dict[str, Any]) -> None:
-    assert find_restricted_violations(pod_of(manifest)) == set()
-
-
-@pytest.mark.parametrize(
-    ("expected", "break_it"),
-    [
-        ("allowPrivilegeEscalation", lambda pod, inner: inner.pop("allowPrivilegeEscalation")),
-        ("drop ALL", lambda pod, inner: inner.pop("capabilities")),
-        ("runAsNonRoot", lambda pod, inner: inner.update(runAsNonRoot=False)),
-        ("runAsUser", lambda pod, inner: pod["securityContext"].update(runAsUser=0)),
-        ("seccompProfile", lambda pod, inner: inner.update(seccompProfile={"type": "Unconfined"})),
-        ("privileged", lambda pod, inner: inner.update(privileged=True)),
-        ("pod hostNetwork", lambda pod, inner: pod.update(hostNetwork=True)),
-        ("volume hostPath", lambda pod, inner: pod["volumes"].append({"name": "h", "hostPath": {"path": "/"}})),
-    ],
-)
-def test_pod_with_one_safeguard_taken_away_violates_restricted(expected: str, break_it: Any) -> None:
-    pod = copy.deepcopy(pod_of(service()))
-    break_it(pod, pod["containers"][0]["securityContext"])
-    assert expected in find_restricted_violations(pod)
 
 
 def test_pod_writes_only_to_bounded_volumes_and_holds_no_cluster_token() -> None:
