@@ -78,10 +78,7 @@ def run_ray_job(
         try:
             job.create()
             _follow(job, deadline_seconds=deadline_seconds, poll_seconds=poll_seconds, stuck_seconds=stuck_seconds)
-        except SystemExit:
-            job.hurry()
-            raise
-        except KeyboardInterrupt:
+        except (SystemExit, KeyboardInterrupt):
             job.hurry()
             raise
         finally:

@@ -1,10 +1,8 @@
 """The chart, rendered by a real helm: that it installs, refuses what cannot work, and says what `mint_lib` says."""
 
-import functools
 import json
 import os
 import re
-import shlex
 import subprocess
 import sys
 import threading
@@ -16,6 +14,7 @@ from typing import Any
 import pytest
 import typer
 import yaml
+from doc_commands import check_command, list_commands
 from helm_tools import (
     CHART,
     CLUSTER_FACTS,
@@ -24,7 +23,6 @@ from helm_tools import (
     VALUES_FILES,
     find_tool,
     render_chart,
-    require_tool,
     run_helm,
 )
 
@@ -542,47 +540,6 @@ def read_notes(values_file: Path) -> str:
     return done.stdout.split("NOTES:\n", 1)[1]
 
 
-def list_commands(text: str) -> list[list[str]]:
-    """Commands of indented lines (lines that end with a backslash go on), without what comes behind a pipe."""
-    joined = re.sub(r"\\\n\s*", " ", text)
-    commands = []
-    for line in joined.splitlines():
-        if re.match(r"    (mint|kubectl|helm) ", line):
-            lexer = shlex.shlex(line, posix=True, punctuation_chars="|<>;&")
-            lexer.whitespace_split = True
-            words = list(lexer)
-            end = next((at for at, word in enumerate(words) if word[0] in "|<>;&"), len(words))
-            commands.append(words[:end])
-    return commands
-
-
-@functools.cache
-def show_help(program: str, *subcommand: str) -> str:
-    arguments = [require_tool(program), *subcommand, *(["--help"] if subcommand != ("options",) else [])]
-    return subprocess.run(arguments, capture_output=True, text=True, check=True, timeout=60).stdout
-
-
-def check_command(words: list[str]) -> None:
-    """Fails unless the program has this command with these options."""
-    program, *arguments = words
-    if program == "mint":
-        group = typer.main.get_command(app)
-        try:
-            group.commands[arguments[0]].make_context(arguments[0], arguments[1:])  # type: ignore[attr-defined]
-        except Exception as error:
-            raise AssertionError(f"{shlex.join(words)}: {error}") from None
-        return
-    # Options before the subcommand are global ones, each with a value.
-    flags = [word.split("=")[0] for word in arguments if word.startswith("--")]
-    while arguments[0].startswith("--"):
-        arguments = arguments[1 if "=" in arguments[0] else 2 :]
-    num_words = 3 if arguments[:2] == ["create", "secret"] else 2 if arguments[0] in ("create", "rollout") else 1
-    subcommand = tuple(arguments[:num_words])
-    shown = show_help(program, *subcommand) + (show_help(program, "options") if program == "kubectl" else "")
-    missing = [flag for flag in flags if not re.search(rf"(^|\s){flag}\b", shown)]
-    assert not missing, f"{program} {' '.join(subcommand)} has no {', '.join(missing)}"
-
-
 @VALUES
 def test_notes_name_commands_that_exist(values_file: Path) -> None:
     if find_tool("kubectl") is None:
@@ -607,15 +564,6 @@ def test_command_check_finds_a_misspelt_command(command: list[str]) -> None:
         pytest.skip("kubectl is not installed: run tests/get_helm_kubectl.py .tools/bin")
     with pytest.raises((AssertionError, subprocess.CalledProcessError)):
         check_command(command)
-
-
-def test_chart_readme_names_commands_that_exist() -> None:
-    if find_tool("kubectl") is None or find_tool("helm") is None:
-        pytest.skip("kubectl or helm is not installed: run tests/get_helm_kubectl.py .tools/bin")
-    commands = list_commands((CHART / "README.md").read_text())
-    assert len(commands) > 20
-    for words in commands:
-        check_command(words)
 
 
 class FakeServer(BaseHTTPRequestHandler):
