@@ -55,5 +55,5 @@ def log_to_stderr() -> None:
     """Log what our code says, and nothing that libraries say to their developers."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     logging.captureWarnings(True)
-    for name in ("py.warnings", "botocore", "uvicorn"):
+    for name in ("py.warnings", "botocore", "urllib3", "uvicorn"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -257,23 +257,29 @@ class S3:
             logger.debug("bucket %s exists", self.settings.bucket)
 
     def arrow_filesystem(self) -> "pyarrow.fs.S3FileSystem":
-        """This server as a pyarrow filesystem, with the credentials of this moment.
+        """This server as a pyarrow filesystem.
+
+        Credentials that expire, as those of a workload identity, are left to Arrow's own AWS client, which finds them in
+        the same places and renews them: a training outlives them.
 
         Raises:
             AccessDenied: there are no credentials.
         """
+        from botocore.credentials import RefreshableCredentials
         from botocore.exceptions import NoCredentialsError
         from pyarrow import fs
 
         credentials = self._session.get_credentials()
         if credentials is None:
             raise self._explain(NoCredentialsError(), "").error
-        frozen = credentials.get_frozen_credentials()
+        keys: dict[str, str] = {}
+        if not isinstance(credentials, RefreshableCredentials):
+            keys = {"access_key": credentials.access_key, "secret_key": credentials.secret_key}
+            if credentials.token:
+                keys["session_token"] = credentials.token
         url = urllib.parse.urlsplit(self.settings.endpoint_url)
         return fs.S3FileSystem(
-            access_key=frozen.access_key,
-            secret_key=frozen.secret_key,
-            session_token=frozen.token or None,
+            **keys,
             region=self.settings.region,
             scheme=url.scheme,
             endpoint_override=url.netloc,

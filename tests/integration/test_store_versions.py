@@ -369,3 +369,35 @@ def test_arrow_filesystem_reads_and_writes_run_folders(store: Store):
     with filesystem.open_input_stream(f"{place}/checkpoint/model.safetensors") as file:
         assert file.read() == b"w" * 1000
     assert store.list_orphans() == []
+
+
+def test_arrow_filesystem_renews_credentials_that_expire(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = tmp_path / "calls"
+    script = tmp_path / "credentials.py"
+    # They expire soon enough that a client which renews them asks again at once.
+    script.write_text(
+        "import datetime, json, pathlib\n"
+        f"with pathlib.Path({str(calls)!r}).open('a') as file: file.write('.')\n"
+        "soon = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=4)\n"
+        f"keys = {{'AccessKeyId': {os.environ['AWS_ACCESS_KEY_ID']!r},"
+        f" 'SecretAccessKey': {os.environ['AWS_SECRET_ACCESS_KEY']!r}}}\n"
+        "print(json.dumps({'Version': 1, 'Expiration': soon.strftime('%Y-%m-%dT%H:%M:%SZ'), **keys}))\n"
+    )
+    config = tmp_path / "config"
+    config.write_text(f"[profile expiring]\ncredential_process = {sys.executable} {script}\n")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_PROFILE", "expiring")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(config))
+    filesystem = Store(store.settings).arrow_filesystem()
+    place = f"{store.runs_path('run-1')}/state"
+    for content in (b"first", b"second"):
+        num_before = len(calls.read_text())
+        with filesystem.open_output_stream(place) as file:
+            file.write(content)
+        with filesystem.open_input_stream(place) as file:
+            assert file.read() == content
+        assert len(calls.read_text()) > num_before
+        time.sleep(5)
