@@ -259,8 +259,8 @@ class S3:
     def arrow_filesystem(self) -> "pyarrow.fs.S3FileSystem":
         """This server as a pyarrow filesystem.
 
-        Credentials that expire, as those of a workload identity, are left to Arrow's own AWS client, which finds them in
-        the same places and renews them: a training outlives them.
+        Credentials that expire, as those of a workload identity, are left to Arrow's own AWS client, which finds them
+        in the same places and renews them: a training outlives them.
 
         Raises:
             AccessDenied: there are no credentials.
