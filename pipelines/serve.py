@@ -101,6 +101,8 @@ def print_service(references: list[str], *, store: Store, cluster: pathlib.Path 
     values = load_cluster(cluster)
     if is_vllm:
         facts = read_student(store, reference).facts
+        if facts.lora.get("update", "additive") != "additive":
+            raise InvalidInput(f"{reference} has a weight-decomposed adapter (DoRA), which is not served by vLLM here.")
         rank = int(str(facts.lora["rank"]))
         document = render_vllm(reference, cluster=values, name=name, student=facts.student, lora_rank=rank)
     else:

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from mint_lib.alignment import AlignmentMethod
-from mint_lib.packing import predict_edges
 from mint_lib.records import PreferencePair
-from mint_lib.training.preference_trees import PackedPairs, average_pairs, collate_pairs, grow_trees
+from mint_lib.training.packed_trainer import average_chosen_nll, build_packed_trainer, compare_sides
+from mint_lib.training.preference_trees import PackedPairs, average_pairs
 
 if TYPE_CHECKING:
     import torch
@@ -44,21 +44,17 @@ class Orpo(AlignmentMethod):
         self, model: "torch.nn.Module", *, pairs: Sequence[PreferencePair], arguments: dict[str, Any]
     ) -> "transformers.Trainer":
         """A trainer on the pairs' prompt trees."""
-        import transformers
-
-        trees = grow_trees(
-            pairs,
-            self.tokenizer,
+        config = self.config
+        return build_packed_trainer(
+            model,
+            pairs=pairs,
+            tokenizer=self.tokenizer,
             window_tokens=self.window_tokens,
-            with_prompt_edges=self.config.nll == "prompt_and_answer",
-        )
-        pad_token_id = self.tokenizer.pad_token_id
-        trainer_class = _make_trainer_class(self.config)
-        return trainer_class(
-            model=model,
-            args=transformers.TrainingArguments(**arguments, remove_unused_columns=False),
-            train_dataset=trees,
-            data_collator=lambda items: collate_pairs(items, pad_token_id=pad_token_id),
+            with_prompt_edges=config.nll == "prompt_and_answer",
+            loss=lambda log_probability_N, batch: orpo_loss(
+                log_probability_N, batch, beta=config.beta, nll_weight=config.nll_weight
+            ),
+            arguments=arguments,
         )
 
 
@@ -67,21 +63,19 @@ def orpo_loss(
 ) -> tuple["torch.Tensor", dict[str, "torch.Tensor"]]:
     """The loss of a batch and, detached, its figures: nll, odds_ratio_loss, reward_accuracy, reward_margin.
 
-    `log_probability_N` is the float32 log-probability of each edge, as `predict_edges` gives it. A margin is the chosen
-    side's average log-probability of a token less the rejected side's, in nats.
+    `log_probability_N` is the float32 log-probability of each edge, as `predict_edges` gives it. The figure
+    reward_margin is in nats per token.
     """
     import torch
 
     chosen_P, rejected_P = average_pairs(log_probability_N, batch)
     log_odds_P = (chosen_P - rejected_P) - (log1mexp(chosen_P) - log1mexp(rejected_P))
     odds_ratio_loss = -torch.nn.functional.logsigmoid(log_odds_P).mean()
-    nll = -(log_probability_N * batch["nll_weight_N"]).sum() / batch["nll_weight_N"].sum()
-    margin_P = (chosen_P - rejected_P).detach()
+    nll = average_chosen_nll(log_probability_N, batch)
     figures = {
         "nll": nll.detach(),
         "odds_ratio_loss": odds_ratio_loss.detach(),
-        "reward_accuracy": (margin_P > 0).float().mean(),
-        "reward_margin": margin_P.mean(),
+        **compare_sides(chosen_P, rejected_P),
     }
     return nll_weight * nll + beta * odds_ratio_loss, figures
 
@@ -99,39 +93,3 @@ def log1mexp(x: "torch.Tensor") -> "torch.Tensor":
     from_near = torch.log(-torch.expm1(torch.where(near, x, -1.0)))
     from_far = torch.log1p(-torch.exp(torch.where(near, -1.0, x)))
     return torch.where(near, from_near, from_far)
-
-
-def _make_trainer_class(config: Orpo.Config) -> type["transformers.Trainer"]:
-    """The Trainer of this loss, defined late because transformers is heavy to import."""
-    import torch
-    import transformers
-
-    class OrpoTrainer(transformers.Trainer):
-        """Sums its figures on the device and moves them to the host only when they are logged."""
-
-        def __init__(self, **arguments: Any):
-            super().__init__(**arguments)
-            self.model_accepts_loss_kwargs = False  # the loss is a mean already: the Trainer divides by accumulation
-            self._figures: dict[str, torch.Tensor] = {}
-            self._num_batches = 0
-
-        def compute_loss(
-            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-        ) -> Any:
-            log_probability_N = predict_edges(model, inputs)
-            loss, figures = orpo_loss(log_probability_N, inputs, beta=config.beta, nll_weight=config.nll_weight)
-            figures["padding_share"] = 1.0 - inputs["num_real_tokens"] / inputs["input_ids"].numel()
-            for name, value in figures.items():
-                self._figures[name] = self._figures.get(name, 0.0) + value
-            self._num_batches += 1
-            return (loss, None) if return_outputs else loss
-
-        def log(self, logs: dict[str, float], *arguments: Any, **options: Any) -> None:
-            if self._num_batches:
-                means = torch.stack(list(self._figures.values())) / self._num_batches
-                means = self.accelerator.reduce(means, reduction="mean")
-                logs.update(zip(self._figures, means.tolist(), strict=True))
-                self._figures, self._num_batches = {}, 0
-            super().log(logs, *arguments, **options)
-
-    return OrpoTrainer

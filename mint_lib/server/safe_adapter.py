@@ -130,6 +130,8 @@ def _check_config(config: Mapping[str, Any], path: pathlib.Path) -> None:
     missing = [key for key in _REQUIRED if key not in config]
     if missing:
         refuse(path, f"it lacks {', '.join(missing)}")
+    if config.get("use_dora") is True:
+        refuse(path, "it is weight-decomposed (DoRA), which is not served; align with lora.update: additive")
     for key, value in config.items():
         if key in _CHECKS:
             is_allowed = _CHECKS[key](value)

@@ -215,6 +215,46 @@ def test_alignment_cached_frozen_layers_change_no_number(method_name, tmp_path):
         torch.testing.assert_close(weights["cache"][name], expected, atol=2e-3, rtol=1e-2)  # Adam enlarges 1e-7
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"scaling": "rank_stabilised"},
+        {"update": "weight_decomposed"},
+        {"scaling": "rank_stabilised", "update": "weight_decomposed", "last_layers": 1},
+    ],
+    ids=str,
+)
+def test_alignment_adapter_option_is_kept_and_answers_as_it_was_validated(values, tmp_path):
+    config = config_of(method="simpo", lora=LoraConfig(rank=4, **values))
+    trainer, tokenizer = build("simpo", tmp_path, config)
+    state = TrainingState()
+    validation = watch(trainer, tokenizer, tmp_path, state, keep_best="reward_margin")
+    trainer.train()
+    assert state.best_step > 0
+    kept = json.loads((tmp_path / "best" / "adapter_config.json").read_text())
+    assert kept["use_rslora"] == ("scaling" in values)
+    assert kept["use_dora"] == ("update" in values)
+    measured = validation.measure(load_student(TINY, tmp_path / "best"))["reward_margin"]
+    assert measured == pytest.approx(state.best_value, abs=1e-5)  # float32 sums in another order
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_alignment_cached_frozen_layers_change_no_weight_decomposed_number(tmp_path):
+    lora = LoraConfig(rank=4, last_layers=1, update="weight_decomposed")
+    config = config_of(method="simpo", lora=lora, frozen_layers="cache")
+    losses = {}
+    for mode in ("recompute", "cache"):
+        trainer, tokenizer = build("simpo", tmp_path / mode, config)
+        if mode == "cache":
+            cache_frozen_layers(
+                trainer, last_layers=1, pad_token_id=tokenizer.pad_token_id, tell=lambda done, total: None
+            )
+        trainer.train()
+        losses[mode] = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert len(losses["cache"]) > 1
+    assert losses["cache"] == pytest.approx(losses["recompute"], abs=1e-4)  # Adam enlarges rounding
+
+
 def test_alignment_cache_without_frozen_layers_is_refused():
     with pytest.raises(ValueError, match=r"needs lora\.last_layers"):
         config_of(frozen_layers="cache")
