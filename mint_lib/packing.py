@@ -18,6 +18,10 @@ from typing import TYPE_CHECKING, Any, TypedDict
 if TYPE_CHECKING:
     import torch
 
+_CHUNK_TOKENS = 256
+"""Edges that go through the output layer at a time: 50 MB of float32 logits for 49,152 tokens. Measured on one CPU
+thread with 768 edges of SmolLM2-135M's shape, CPU time per edge is 1.21 times that of 768 at 64, 1.05 at 256."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Tree:
@@ -150,29 +154,27 @@ def move_to(batch: Any, device: "torch.device") -> Any:
 def predict_edges(model: Any, batch: PackedTrees) -> "torch.Tensor":
     """Float32 log-probability of each edge's token, [N], by one forward pass.
 
-    The hidden states are gathered just before the output layer, so logits over the vocabulary exist only for the N
-    edges and not for every place. `model` may be wrapped (PEFT, data parallel, DeepSpeed).
+    The hidden states are gathered just before the output layer and go through it in chunks, so logits over the
+    vocabulary exist for a part of the N edges at a time and never for every place. `model` may be wrapped (PEFT, data
+    parallel, DeepSpeed).
     """
-    import torch
-
-    def gather(_module: "torch.nn.Module", inputs: tuple["torch.Tensor", ...]) -> tuple["torch.Tensor", ...]:
-        hidden_BTH, *rest = inputs
-        return (hidden_BTH.flatten(0, 1)[batch["source_N"]], *rest)
+    from mint_lib.linear_head import predict_by_forward
 
     inner = model
     while not hasattr(inner, "get_output_embeddings"):
         inner = inner.module
-    handle = inner.get_output_embeddings().register_forward_pre_hook(gather)
-    try:
-        logits_NV = model(
+    return predict_by_forward(
+        inner,
+        lambda: model(
             input_ids=batch["input_ids"],
             position_ids=batch["position_ids"],
             attention_mask=batch["attention_mask"],
             use_cache=False,
-        ).logits
-    finally:
-        handle.remove()
-    return -torch.nn.functional.cross_entropy(logits_NV.float(), batch["target_N"], reduction="none")
+        ),
+        source_N=batch["source_N"],
+        target_N=batch["target_N"],
+        chunk_tokens=_CHUNK_TOKENS,
+    )
 
 
 def sum_answers(log_probability_N: "torch.Tensor", batch: PackedTrees) -> "torch.Tensor":

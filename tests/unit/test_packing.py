@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from mint_lib.packing import collate_trees, group_by_length, pack_tree, predict_edges, sum_answers
 from mint_lib.student import StudentConfig, load_student
@@ -76,6 +79,58 @@ def test_packing_groups_hold_every_index_once_within_the_budget(lengths, max_tok
     groups = group_by_length(lengths, max_tokens=max_tokens)
     assert sorted(index for group in groups for index in group) == list(range(len(lengths)))
     assert all(len(group) == 1 or len(group) * max(lengths[index] for index in group) <= max_tokens for group in groups)
+
+
+class WidestRows(TorchDispatchMode):
+    """Remembers the most rows that any tensor as wide as the vocabulary has."""
+
+    def __init__(self, num_tokens):
+        super().__init__()
+        self.num_tokens, self.num_rows = num_tokens, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        outputs = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(outputs):
+            if isinstance(leaf, torch.Tensor) and leaf.dim() and leaf.shape[-1] == self.num_tokens:
+                self.num_rows = max(self.num_rows, leaf.numel() // self.num_tokens)
+        return outputs
+
+
+def build_wide(**options):
+    """A model of one thin layer and many tokens."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=32_000, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, **options
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+def test_packing_logits_of_many_edges_are_never_whole():
+    model = build_wide()
+    batch = collate_trees([pack_tree(range(1, 514), [[10], [20]], with_prompt_edges=True)], pad_token_id=0)
+    with WidestRows(32_000) as widest:
+        predict_edges(model, batch).sum().backward()
+    assert len(batch["target_N"]) == 514
+    assert 0 < widest.num_rows <= 257  # two equal chunks
+
+
+@pytest.mark.parametrize("find_unused_parameters", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_packing_data_parallel_gradients_equal_those_of_the_model(find_unused_parameters, tied):
+    batch = collate_trees([pack_tree(range(1, 9), [[10, 11], [20, 21, 22]])], pad_token_id=0)
+    alone, wrapped = build_wide(tie_word_embeddings=tied), build_wide(tie_word_embeddings=tied)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        parallel = torch.nn.parallel.DistributedDataParallel(wrapped, find_unused_parameters=find_unused_parameters)
+        for _ in range(2):  # a reduction that did not end fails the next pass
+            alone.zero_grad()
+            parallel.zero_grad()
+            predict_edges(alone, batch).sum().backward()
+            predict_edges(parallel, batch).sum().backward()
+            for ours, theirs in zip(wrapped.parameters(), alone.parameters(), strict=True):
+                torch.testing.assert_close(ours.grad, theirs.grad, rtol=0.0, atol=0.0)  # the same operations
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_packing_logits_exist_only_for_edges(model):
