@@ -2,40 +2,24 @@
 
 import types
 
-import peft
 import pytest
 import torch
+from tiny_preferences import TINY, gradient_of, make_adapted_model, make_pair
 
 from mint_lib.alignment_methods.orpo import Orpo, log1mexp, orpo_loss
 from mint_lib.packing import predict_edges
-from mint_lib.records import PreferencePair, Turn
-from mint_lib.student import StudentConfig, encode_answer, encode_prompt, load_student, load_tokenizer
+from mint_lib.student import encode_answer, encode_prompt, load_tokenizer
 from mint_lib.training.preference_trees import average_pairs, collate_pairs, grow_trees, score_pairs
 
-TINY = StudentConfig(model="tiny")
 BETA = 0.1
 
-
-def pair(case_id, text, chosen, rejected):
-    digest = "sha256:0"
-    return PreferencePair(
-        case_id=case_id,
-        prompt=(Turn(role="user", content=text),),
-        chosen=chosen,
-        rejected=rejected,
-        chosen_label_ids=("A:1",),
-        rejected_label_ids=("A:2",),
-        teacher_digest=digest,
-        template_digest=digest,
-        policy="test",
-    )
-
-
 RAGGED = [
-    pair("c1", "Boy with short stature.", "LIST:\n1. 'Noonan'\n2. 'Costello'", "LIST:\n1. 'Kabuki'"),
-    pair("c1", "Boy with short stature.", "LIST:\n1. 'Noonan'\n2. 'Costello'", "No"),
-    pair("c2", "A far longer text about a girl of 3 years with seizures and a heart defect.", "B", "Beta of the x"),
-    pair("c3", "Man.", "LIST:\n1. 'Marfan syndrome'", "LIST:\n1. 'Marfan-like'\n2. 'Sotos'"),
+    make_pair("c1", "Boy with short stature.", "LIST:\n1. 'Noonan'\n2. 'Costello'", "LIST:\n1. 'Kabuki'"),
+    make_pair("c1", "Boy with short stature.", "LIST:\n1. 'Noonan'\n2. 'Costello'", "No"),
+    make_pair(
+        "c2", "A far longer text about a girl of 3 years with seizures and a heart defect.", "B", "Beta of the x"
+    ),
+    make_pair("c3", "Man.", "LIST:\n1. 'Marfan syndrome'", "LIST:\n1. 'Marfan-like'\n2. 'Sotos'"),
 ]
 
 
@@ -46,16 +30,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def model():
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        config = peft.LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False)
-        return peft.get_peft_model(load_student(TINY), config)
-
-
-def gradient_of(model, loss):
-    model.zero_grad()
-    loss.backward()
-    return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+    return make_adapted_model(seed=3)
 
 
 def packed_loss(model, tokenizer, *, with_prompt_edges):
@@ -137,7 +112,7 @@ def test_orpo_log1mexp_and_its_gradient_are_finite(value):
 
 @pytest.mark.parametrize("certain", ["chosen", "rejected", "both"])
 def test_orpo_gradient_is_finite_when_an_answer_is_certain(tokenizer, certain):
-    trees = grow_trees([pair("c", "Boy.", "yes", "no")], tokenizer, window_tokens=99)
+    trees = grow_trees([make_pair("c", "Boy.", "yes", "no")], tokenizer, window_tokens=99)
     batch = collate_pairs(trees, pad_token_id=0)
     log_p = torch.full((len(batch["target_N"]),), -2.0)
     for side in ("chosen", "rejected"):

@@ -4,40 +4,23 @@ import copy
 import math
 import types
 
-import peft
 import pytest
 import torch
 from pydantic import ValidationError
+from tiny_preferences import TINY, gradient_of, make_adapted_model, make_pair
 
 from mint_lib.alignment_methods.simpo import Simpo, simpo_loss
 from mint_lib.packing import predict_edges
-from mint_lib.records import PreferencePair, Turn
-from mint_lib.student import StudentConfig, encode_answer, encode_prompt, load_student, load_tokenizer
+from mint_lib.student import encode_answer, encode_prompt, load_tokenizer
 from mint_lib.training.preference_trees import collate_pairs, grow_trees
 
-TINY = StudentConfig(model="tiny")
 BETA, GAMMA = 2.5, 1.4
 
-
-def pair(case_id, text, chosen, rejected):
-    return PreferencePair(
-        case_id=case_id,
-        prompt=(Turn(role="user", content=text),),
-        chosen=chosen,
-        rejected=rejected,
-        chosen_label_ids=("A:1",),
-        rejected_label_ids=("A:2",),
-        teacher_digest="sha256:0",
-        template_digest="sha256:0",
-        policy="test",
-    )
-
-
 RAGGED = [
-    pair("c1", "Girl with hearing loss.", "LIST:\n1. 'Usher syndrome'\n2. 'Sotos'", "LIST:\n1. 'Usher-like'"),
-    pair("c2", "Man.", "Yes", "No, and for many a reason that takes longer to say"),
-    pair("c1", "Girl with hearing loss.", "LIST:\n1. 'Usher syndrome'", "No"),
-    pair("c3", "A text of more words about a boy of 2 years with seizures and low muscle tone.", "B", "Beta of x"),
+    make_pair("c1", "Girl with hearing loss.", "LIST:\n1. 'Usher syndrome'\n2. 'Sotos'", "LIST:\n1. 'Usher-like'"),
+    make_pair("c2", "Man.", "Yes", "No, and for many a reason that takes longer to say"),
+    make_pair("c1", "Girl with hearing loss.", "LIST:\n1. 'Usher syndrome'", "No"),
+    make_pair("c3", "A text of more words about a boy of 2 years with seizures and low muscle tone.", "B", "Beta of x"),
 ]
 
 
@@ -48,21 +31,12 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def model():
-    with torch.random.fork_rng():
-        torch.manual_seed(5)
-        config = peft.LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False)
-        return peft.get_peft_model(load_student(TINY), config)
+    return make_adapted_model(seed=5)
 
 
 def pack(tokenizer, pairs=RAGGED):
     trees = grow_trees(pairs, tokenizer, window_tokens=512)
     return trees, collate_pairs(trees, pad_token_id=tokenizer.pad_token_id)
-
-
-def gradient_of(model, loss):
-    model.zero_grad()
-    loss.backward()
-    return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
 
 
 def trl_loss(model, tokenizer, *, nll_weight):
@@ -129,7 +103,7 @@ def test_simpo_loss_equals_the_paper_with_gamma_outside_beta(tokenizer):
 @pytest.mark.parametrize("certain", ["chosen", "rejected", "both", "neither"])
 @pytest.mark.parametrize("beta", [2.0, 10.0])
 def test_simpo_gradient_is_finite_and_pushes_apart_however_certain_an_answer_is(tokenizer, certain, beta):
-    trees, batch = pack(tokenizer, [pair("c", "Boy.", "yes", "no")])
+    trees, batch = pack(tokenizer, [make_pair("c", "Boy.", "yes", "no")])
     paths = {side: list(trees[0].tree.paths[getattr(trees[0], side)[0]]) for side in ("chosen", "rejected")}
     # A token that float32 gives no chance at all has a log-probability near -1e4 where logits are that far apart.
     log_p = torch.full((len(batch["target_N"]),), -1e4 if certain == "neither" else -2.0)
