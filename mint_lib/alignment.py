@@ -224,7 +224,7 @@ def _train(payload: dict[str, Any]) -> None:
     labels: Any = store.read_json(preferences, "labels.json")
     tokenizer = load_tokenizer(config.student)
     model = add_adapter(load_student(config.student), config.lora)
-    num_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    num_trainable, _ = model.get_nb_trainable_parameters()
     plugin = load_plugin("alignment_methods", config.method, base=AlignmentMethod)
     method_config = parse_plugin_config(plugin, config.method_config, where="alignment.method_config")
     method = plugin(method_config, tokenizer=tokenizer, window_tokens=config.student.window_tokens)

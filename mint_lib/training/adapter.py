@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from mint_lib.errors import InvalidInput
 
 if TYPE_CHECKING:
-    import torch
+    import peft
     import transformers
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class LoraConfig(BaseModel):
     """Adapt only the last so many decoder layers, so that the backward pass ends there; None adapts all."""
 
 
-def add_adapter(model: "transformers.PreTrainedModel", lora: LoraConfig) -> "torch.nn.Module":
+def add_adapter(model: "transformers.PreTrainedModel", lora: LoraConfig) -> "peft.PeftModel":
     """`model` with a fresh adapter; only the adapter's weights are to be trained, and their number is logged.
 
     Raises:
@@ -55,7 +55,7 @@ def add_adapter(model: "transformers.PreTrainedModel", lora: LoraConfig) -> "tor
         raise InvalidInput(
             f"alignment.lora.last_layers is {lora.last_layers}, but the student has {num_layers} layers. Lower it."
         )
-    adapted: torch.nn.Module = peft.get_peft_model(
+    adapted: peft.PeftModel = peft.get_peft_model(
         model,
         peft.LoraConfig(
             task_type="CAUSAL_LM",
@@ -72,9 +72,7 @@ def add_adapter(model: "transformers.PreTrainedModel", lora: LoraConfig) -> "tor
             ),
         ),
     )
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in adapted.parameters()]
-    num_trainable = sum(size for size, is_trained in sizes if is_trained)
-    logger.info("%d of %d parameters are trained", num_trainable, sum(size for size, _ in sizes))
+    logger.info("%d of %d parameters are trained", *adapted.get_nb_trainable_parameters())
     return adapted
 
 
