@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from mint_lib.errors import InvalidInput
+from mint_lib.reading import encode_answer, encode_prompt
 from mint_lib.records import Case, Label, PreferencePair
-from mint_lib.student import encode_answer, encode_prompt
 from mint_lib.template import Template
 
 if TYPE_CHECKING:

@@ -148,6 +148,8 @@ class PreferencePair(Record):
 
     case_id: str
     prompt: tuple[Turn, ...]
+    images: tuple[bytes, ...] = Field(default=(), repr=False)
+    """Encoded PNG or JPEG; they stand before the text of the first user turn. Empty for students that read text."""
     chosen: str
     """Assistant text."""
     rejected: str

@@ -58,6 +58,7 @@ def pair_schema() -> "pyarrow.Schema":
         [
             pa.field("case_id", pa.string(), nullable=False),
             pa.field("prompt", pa.list_(turn), nullable=False),
+            pa.field("images", pa.list_(pa.binary()), nullable=False),
             pa.field("chosen", pa.string(), nullable=False),
             pa.field("rejected", pa.string(), nullable=False),
             pa.field("chosen_label_ids", pa.list_(pa.string()), nullable=False),

@@ -1,7 +1,7 @@
-"""The student: which language model it is, how a conversation becomes tokens, what it answers and how it ranks.
+"""The student: which language model it is, what it answers and how it ranks.
 
-Goes in: a `StudentConfig`, turns, answers and labels. Comes out: a tokenizer, a model (optionally with an adapter),
-token ids, generated answers, and a digest of the base weights. Weights are read from safetensors only and no code of a
+Goes in: a `StudentConfig`, turns and labels. Comes out: a tokenizer, a model (optionally with an adapter), generated
+answers, rankings, and a digest of the base weights. Weights are read from safetensors only and no code of a
 model repository is ever run. This module knows no stage and no store.
 """
 
@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from mint_lib.errors import InvalidInput, PromptTooLong
+from mint_lib.errors import InvalidInput
 from mint_lib.packing import collate_trees, group_by_length, move_to, pack_tree, predict_edges, sum_answers
+from mint_lib.reading import encode_prompt, end_of_turn_id
 from mint_lib.records import Label, Turn
 from mint_lib.student_weights import digest_student_files, fetch_student_folder, hash_file, list_student_files
 
@@ -100,55 +101,6 @@ def student_digest(config: StudentConfig) -> str:
     folder = fetch_student_folder(config.model, revision=config.revision)
     sums = {path.name: hash_file(path) for path in list_student_files(folder)}
     return digest_student_files(sums, num_layers=config.num_layers, dtype=config.dtype)
-
-
-def encode_prompt(
-    tokenizer: "PreTrainedTokenizerBase", prompt: Sequence[Turn], *, window_tokens: int | None = None, case_id: str = ""
-) -> list[int]:
-    """Token ids of `prompt` in the student's chat template, ending where the assistant's answer begins.
-
-    Raises:
-        PromptTooLong: there are more than `window_tokens` of them.
-    """
-    turns = [turn.model_dump() for turn in prompt]
-    ids: list[int] = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
-    if window_tokens is not None and len(ids) > window_tokens:
-        raise PromptTooLong(
-            f"The prompt of case {case_id or '(unnamed)'} has {len(ids)} tokens; the student's window is "
-            f"{window_tokens}. Raise student.window_tokens or shorten the case text."
-        )
-    return ids
-
-
-def check_window(num_tokens: int, *, window_tokens: int, case_id: str) -> None:
-    """Refuse a prompt and answer of `num_tokens` together that exceed the student's window; nothing is ever cut.
-
-    Raises:
-        PromptTooLong: with the counts and the case id.
-    """
-    if num_tokens > window_tokens:
-        raise PromptTooLong(
-            f"Prompt and answer of case {case_id} have {num_tokens} tokens; the student's window is {window_tokens}. "
-            "Raise student.window_tokens, or shorten the case text or the lists."
-        )
-
-
-def encode_answer(tokenizer: "PreTrainedTokenizerBase", answer: str) -> list[int]:
-    """Token ids of an assistant's answer, closed by the end-of-turn token."""
-    return [*tokenizer.encode(answer, add_special_tokens=False), end_of_turn_id(tokenizer)]
-
-
-def end_of_turn_id(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """The token that closes an assistant's turn in the chat template; the end-of-text token if it closes with none."""
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    opened = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, tokenize=False)
-    rendered = tokenizer.apply_chat_template(turns, tokenize=False)
-    closing = rendered.removeprefix(opened).removeprefix("b")
-    special = set(tokenizer.all_special_ids)
-    for token_id in tokenizer.encode(closing, add_special_tokens=False):
-        if token_id in special:
-            return token_id
-    return int(tokenizer.eos_token_id)
 
 
 def generate_answers(

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from mint_lib.alignment import AlignmentMethod
+from mint_lib.reading import check_window, encode_answer, encode_prompt
 from mint_lib.records import PreferencePair
-from mint_lib.student import check_window, encode_answer, encode_prompt
 
 if TYPE_CHECKING:
     import torch

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Self
 
 from mint_lib.engine.label_trie import TokenTrie, count_shared
 from mint_lib.errors import InvalidInput
-from mint_lib.student import check_told_apart, end_of_turn_id
+from mint_lib.reading import end_of_turn_id
+from mint_lib.student import check_told_apart
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -17,12 +17,13 @@ from mint_lib.clinical.ontology import load_ontology
 from mint_lib.errors import MissingDependency
 from mint_lib.evaluation import CHANCE, MAJORITY, TEACHER, EvaluationTask
 from mint_lib.progress import Progress
+from mint_lib.reading import encode_answer
 from mint_lib.records import Metric, Prediction, Ranking
 from mint_lib.reporting.findings import PairedTest
 from mint_lib.reporting.material import Material
 from mint_lib.reporting.ranking_scores import TeacherSides, measure_agreement, measure_generation, measure_ranking
 from mint_lib.statistics import Array, Measurement
-from mint_lib.student import encode_answer, generate_answers, rank_labels
+from mint_lib.student import generate_answers, rank_labels
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy
 
 from mint_lib.errors import InvalidInput, RefusedData
+from mint_lib.reading import encode_answer, encode_prompt
 from mint_lib.records import Case, Label, Ranking, Reference
-from mint_lib.student import encode_answer, encode_first_items, encode_prompt
+from mint_lib.student import encode_first_items
 from mint_lib.template import Template
 
 if TYPE_CHECKING:

@@ -17,14 +17,15 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from mint_lib.errors import InvalidInput
+from mint_lib.reading import end_of_turn_id
 from mint_lib.server.asking import warm_up
 from mint_lib.server.base_files import BaseFiles
 from mint_lib.server.engines import BaseKey, Engines, LoadedModel, RunningBase
 from mint_lib.server.safe_adapter import check_adapter
 from mint_lib.server.stored_student import StoredStudent, read_student
 from mint_lib.server.students import Precision, ServedStudent
-from mint_lib.student import end_of_turn_id, load_tokenizer
 from mint_lib.student import load_student as load_model
+from mint_lib.student import load_tokenizer
 
 if TYPE_CHECKING:
     from mint_lib.store import Store

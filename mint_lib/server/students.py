@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from mint_lib.errors import NotFound, PromptTooLong
+from mint_lib.reading import encode_prompt
 from mint_lib.records import Label, Reference, Turn
-from mint_lib.student import encode_prompt
 from mint_lib.template import Template
 
 if TYPE_CHECKING:

@@ -20,8 +20,8 @@ from mint_lib.packing import (
     predict_edges,
     sum_answers,
 )
+from mint_lib.reading import check_window, encode_answer, encode_prompt
 from mint_lib.records import PreferencePair
-from mint_lib.student import check_window, encode_answer, encode_prompt
 
 if TYPE_CHECKING:
     import torch

@@ -118,12 +118,13 @@ def answer_one_after_the_other() -> list[float]:
         from mint_lib.engine.label_trie import LabelTrie
         from mint_lib.engine.requests import EngineLimits
         from mint_lib.engine.scheduler import Engine
+        from mint_lib.reading import end_of_turn_id
         from mint_lib.server.asking import warm_up
         from mint_lib.server.loading import import_libraries
         from mint_lib.server.safe_adapter import check_adapter
         from mint_lib.server.safe_base import check_base
         from mint_lib.server.students import ServedStudent
-        from mint_lib.student import end_of_turn_id, load_student, load_tokenizer
+        from mint_lib.student import load_student, load_tokenizer
 
         import_libraries()
         facts = check_base(base_folder)

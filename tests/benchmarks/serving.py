@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 from mint_lib.engine.label_trie import LabelTrie
 from mint_lib.engine.requests import EngineLimits, Failed, Generated, GenerateRequest, Ranked, RankRequest, TokenMade
 from mint_lib.engine.scheduler import Engine
+from mint_lib.reading import encode_prompt
 from mint_lib.records import Label
-from mint_lib.student import StudentConfig, encode_first_items, encode_prompt, load_student, load_tokenizer
+from mint_lib.student import StudentConfig, encode_first_items, load_student, load_tokenizer
 from mint_lib.template import Template
 
 STUDENT = StudentConfig()

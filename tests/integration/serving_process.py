@@ -60,7 +60,8 @@ def make_students(options: ServerOptions, observer: object) -> list[ServedStuden
     from mint_lib.engine.label_trie import LabelTrie
     from mint_lib.engine.requests import EngineLimits
     from mint_lib.engine.scheduler import Engine
-    from mint_lib.student import StudentConfig, end_of_turn_id, load_student, load_tokenizer
+    from mint_lib.reading import end_of_turn_id
+    from mint_lib.student import StudentConfig, load_student, load_tokenizer
     from mint_lib.template import Template
 
     started = time.monotonic()

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from mint_lib.engine.answer_format import AnswerFormat
 from mint_lib.errors import InvalidInput
+from mint_lib.reading import encode_answer, end_of_turn_id
 from mint_lib.records import Label
-from mint_lib.student import StudentConfig, encode_answer, end_of_turn_id, load_tokenizer
+from mint_lib.student import StudentConfig, load_tokenizer
 from mint_lib.template import Template
 
 NAMES = [

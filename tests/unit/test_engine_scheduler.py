@@ -23,8 +23,9 @@ from mint_lib.engine.requests import (
 )
 from mint_lib.engine.scheduler import Engine
 from mint_lib.errors import ComputationFailed, DeadlineExceeded, Draining, InvalidInput, Overloaded
+from mint_lib.reading import encode_prompt
 from mint_lib.records import Label
-from mint_lib.student import StudentConfig, encode_prompt, load_student, load_tokenizer, rank_labels
+from mint_lib.student import StudentConfig, load_student, load_tokenizer, rank_labels
 from mint_lib.template import Template
 from mint_lib.training.adapter import LoraConfig, add_adapter
 

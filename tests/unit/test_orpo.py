@@ -8,7 +8,8 @@ from tiny_preferences import TINY, gradient_of, make_adapted_model, make_pair
 
 from mint_lib.alignment_methods.orpo import Orpo, log1mexp, orpo_loss
 from mint_lib.packing import predict_edges
-from mint_lib.student import encode_answer, encode_prompt, load_tokenizer
+from mint_lib.reading import encode_answer, encode_prompt
+from mint_lib.student import load_tokenizer
 from mint_lib.training.preference_trees import average_pairs, collate_pairs, grow_trees, score_pairs
 
 BETA = 0.1

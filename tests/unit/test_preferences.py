@@ -12,8 +12,9 @@ from mint_lib.preferences import (
     draw_preferences,
     pair_split,
 )
+from mint_lib.reading import encode_answer, encode_prompt
 from mint_lib.records import Case, Finding, Label, Ranking, Reference
-from mint_lib.student import StudentConfig, encode_answer, encode_prompt, load_tokenizer
+from mint_lib.student import StudentConfig, load_tokenizer
 from mint_lib.template import Template
 
 LABELS = [Label(id=f"OMIM:{number}", name=f"Disease type {number}") for number in range(8)]

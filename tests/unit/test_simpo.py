@@ -11,7 +11,8 @@ from tiny_preferences import TINY, gradient_of, make_adapted_model, make_pair
 
 from mint_lib.alignment_methods.simpo import Simpo, simpo_loss
 from mint_lib.packing import predict_edges
-from mint_lib.student import encode_answer, encode_prompt, load_tokenizer
+from mint_lib.reading import encode_answer, encode_prompt
+from mint_lib.student import load_tokenizer
 from mint_lib.training.preference_trees import collate_pairs, grow_trees
 
 BETA, GAMMA = 2.5, 1.4

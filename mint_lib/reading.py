@@ -1,0 +1,127 @@
+"""How a conversation becomes what a student reads: token ids, and tensors of its images where it sees any.
+
+Goes in: turns, encoded images and the student's tokenizer. Comes out: token ids of prompts and answers. Training,
+evaluation and serving all read through here, so that a student is asked as it was trained. This module knows no model.
+"""
+
+import abc
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from mint_lib.errors import InvalidInput, PromptTooLong
+from mint_lib.packing import PackedTrees, Tree
+from mint_lib.records import Turn
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+
+class ReadPrompt(NamedTuple):
+    """A prompt as the student reads it."""
+
+    ids: list[int]
+    """Token ids, the places of its images among them."""
+    image_inputs: "Mapping[str, torch.Tensor] | None" = None
+    """What its images became, by the name of the model's argument, before they are put into a batch."""
+
+
+class Reader(abc.ABC):
+    """Reads prompts for one student."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
+        self.tokenizer = tokenizer
+
+    @abc.abstractmethod
+    def read(self, prompt: Sequence[Turn], images: Sequence[bytes] = (), *, case_id: str = "") -> ReadPrompt:
+        """`prompt` in the student's chat template, ending where the answer begins; `images` open its first user turn.
+
+        Raises:
+            InvalidInput: the student reads no images, or needs one, or its image tokens are not as many as its image
+                features; names the case.
+        """
+
+    @abc.abstractmethod
+    def read_images(self, images: Sequence[bytes], *, case_id: str = "") -> "Mapping[str, torch.Tensor] | None":
+        """The `image_inputs` that `read` gives for `images`, without reading the prompt again; None for no images."""
+
+    @abc.abstractmethod
+    def collate_images(
+        self, image_inputs: "Sequence[Mapping[str, torch.Tensor] | None]", trees: Sequence[Tree], batch: PackedTrees
+    ) -> dict[str, Any]:
+        """What the model takes beside ids, positions and mask for a batch whose rows are `trees`, in their order.
+
+        An entry named as one of the model's other inputs (such as `position_ids`) takes its place.
+        """
+
+
+class TextReader(Reader):
+    """Reads prompts for a student that sees text only."""
+
+    def read(self, prompt: Sequence[Turn], images: Sequence[bytes] = (), *, case_id: str = "") -> ReadPrompt:
+        """`prompt` as token ids."""
+        if images:
+            raise InvalidInput(
+                f"Case {case_id or '(unnamed)'} has {len(images)} images, and the student reads text only. Choose an "
+                "image student (student.reads: image), or pairs without images."
+            )
+        return ReadPrompt(encode_prompt(self.tokenizer, prompt))
+
+    def read_images(self, images: Sequence[bytes], *, case_id: str = "") -> "Mapping[str, torch.Tensor] | None":
+        """None."""
+        return None
+
+    def collate_images(
+        self, image_inputs: "Sequence[Mapping[str, torch.Tensor] | None]", trees: Sequence[Tree], batch: PackedTrees
+    ) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+
+def encode_prompt(
+    tokenizer: "PreTrainedTokenizerBase", prompt: Sequence[Turn], *, window_tokens: int | None = None, case_id: str = ""
+) -> list[int]:
+    """Token ids of `prompt` in the student's chat template, ending where the assistant's answer begins.
+
+    Raises:
+        PromptTooLong: there are more than `window_tokens` of them.
+    """
+    turns = [turn.model_dump() for turn in prompt]
+    ids: list[int] = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
+    if window_tokens is not None and len(ids) > window_tokens:
+        raise PromptTooLong(
+            f"The prompt of case {case_id or '(unnamed)'} has {len(ids)} tokens; the student's window is "
+            f"{window_tokens}. Raise student.window_tokens or shorten the case text."
+        )
+    return ids
+
+
+def check_window(num_tokens: int, *, window_tokens: int, case_id: str) -> None:
+    """Refuse a prompt and answer of `num_tokens` together that exceed the student's window; nothing is ever cut.
+
+    Raises:
+        PromptTooLong: with the counts and the case id.
+    """
+    if num_tokens > window_tokens:
+        raise PromptTooLong(
+            f"Prompt and answer of case {case_id} have {num_tokens} tokens; the student's window is {window_tokens}. "
+            "Raise student.window_tokens, or shorten the case text or the lists."
+        )
+
+
+def encode_answer(tokenizer: "PreTrainedTokenizerBase", answer: str) -> list[int]:
+    """Token ids of an assistant's answer, closed by the end-of-turn token."""
+    return [*tokenizer.encode(answer, add_special_tokens=False), end_of_turn_id(tokenizer)]
+
+
+def end_of_turn_id(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """The token that closes an assistant's turn in the chat template; the end-of-text token if it closes with none."""
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    opened = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, tokenize=False)
+    rendered = tokenizer.apply_chat_template(turns, tokenize=False)
+    closing = rendered.removeprefix(opened).removeprefix("b")
+    special = set(tokenizer.all_special_ids)
+    for token_id in tokenizer.encode(closing, add_special_tokens=False):
+        if token_id in special:
+            return token_id
+    return int(tokenizer.eos_token_id)
