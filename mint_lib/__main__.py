@@ -2,7 +2,8 @@
 
 The entry point of a Ray job and of anything that has no Kubeflow around it. Prints the output's reference. It ends with
 0 after success, 1 after an error that the user can mend (on standard error as `Type: message`), 2 if its arguments are
-wrong, 3 after an error that was not foreseen, and 143 when it was told to stop by SIGTERM.
+wrong, 3 after an error that was not foreseen. Told to stop by SIGTERM, it ends with 75 if a training wrote a checkpoint
+first, from which the same command goes on, and with 143 otherwise.
 """
 
 import argparse
@@ -13,9 +14,11 @@ import signal
 import sys
 from types import FrameType
 
-from mint_lib.errors import MintError
+from mint_lib.errors import Interrupted, MintError
 
 logger = logging.getLogger(__name__)
+TRY_AGAIN = 75
+"""EX_TEMPFAIL of sysexits.h: nothing is wrong, the same command goes on."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -49,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
         outcome = run_stage(options.stage, options.config, inputs, store=Store.from_environment())
     except MintError as error:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
-        return 1
+        return TRY_AGAIN if isinstance(error, Interrupted) else 1
     except Exception:
         logger.exception("%s: not foreseen", options.stage)
         return 3

@@ -6,6 +6,8 @@
     │   ├── RefusedData                a data set whose rows or splits break a rule; carries counts and case ids
     │   └── PromptTooLong              a prompt that does not fit the student's window
     ├── GateFailed                     a declared threshold was not met (teacher floor, promotion gate)
+    ├── OutOfMemory (RuntimeError)     one pass of the training does not fit the memory; names the batch's shape
+    ├── Interrupted (RuntimeError)     told to stop; a checkpoint was written and the same command goes on from it
     ├── StoreError (OSError)           the object store
     │   ├── NotFound                   no such version, alias or file
     │   ├── Conflict                   somebody else committed first
@@ -56,6 +58,14 @@ class PromptTooLong(InvalidInput):
 
 class GateFailed(MintError):
     """A declared threshold was not met."""
+
+
+class OutOfMemory(MintError, RuntimeError):
+    """One pass of the training does not fit the memory."""
+
+
+class Interrupted(MintError, RuntimeError):
+    """A training was told to stop. Its checkpoint is in the store, so that the same command goes on from there."""
 
 
 class StoreError(MintError, OSError):

@@ -20,6 +20,7 @@ from mint_lib.calibration import calibrate_student
 from mint_lib.errors import InvalidInput
 from mint_lib.plugins import load_plugin, parse_plugin_config
 from mint_lib.progress import Progress
+from mint_lib.reading import TextReader
 from mint_lib.records import (
     Calibration,
     Case,
@@ -180,8 +181,10 @@ def evaluate_students(
         notes += check_student(config, material, store, name, reference)
         histories[name] = cast(list[dict[str, float]], store.read_json(reference, "history.json"))
         with tempfile.TemporaryDirectory() as folder:
-            adapter = store.download(reference, pathlib.Path(folder), prefix="adapter")
-            model = _place(load_student(config.student, adapter))
+            # What was trained: an adapter, or all weights, with which the version then holds no adapter.
+            is_full = any(path.startswith("weights/") for path in store.files(reference))
+            tuned = store.download(reference, pathlib.Path(folder), prefix="weights" if is_full else "adapter")
+            model = _place(load_student(config.student, tuned))
             answers[name] = task.answer(model, tokenizer, system=name)
             if name == registered:
                 calibration = calibrate_main(config, material, store, model, tokenizer, student=reference, cases=cases)
@@ -280,7 +283,9 @@ def calibrate_main(
         return None
     prompts = [template.prompt(case.text or "") for case in drawn]
     with Progress(f"evaluation: calibration of {config.main}", total=len(prompts)) as progress:
-        scores_NL = rank_labels(model, tokenizer, template, material.labels, prompts, progress=progress.advance)
+        scores_NL = rank_labels(
+            model, TextReader(tokenizer), template, material.labels, prompts, progress=progress.advance
+        )
     columns = {label.id: column for column, label in enumerate(material.labels)}
     truth_N = np.array([columns[str(case.label_id)] for case in drawn])
     return calibrate_student(scores_NL, truth_N, student=student)

@@ -1,7 +1,7 @@
 """The Kubernetes objects that serve a model under KServe, as plain dictionaries.
 
 Goes in: a reference and a `ClusterConfig`. Comes out: an InferenceService that runs our own server (`mint serve`), or
-an LLMInferenceService that runs the same adapter on KServe's vLLM runtime. Nothing is applied, no cluster is asked, no
+an LLMInferenceService that runs the same weights on KServe's vLLM runtime. Nothing is applied, no cluster is asked, no
 secret is read: secrets are named only.
 
 The vLLM object generates text and nothing else: no exact ranking, no calibration, no abstention, no tokens file, and
@@ -127,39 +127,41 @@ def render_vllm(
     *,
     cluster: ClusterConfig,
     student: StudentConfig,
-    lora_rank: int,
+    lora_rank: int | None,
     name: str | None = None,
 ) -> dict[str, Any]:
-    """A KServe LLMInferenceService (serving.kserve.io/v1alpha2) with the base on vLLM and the adapter beside it.
+    """A KServe LLMInferenceService (serving.kserve.io/v1alpha2): the base on vLLM with the adapter, or a whole student.
 
-    Requests name the adapter by the service's name and must bring the student's own template: vLLM applies the base's
-    chat template only. KServe adds the LoRA arguments and the storage initializer that fetches both from their URIs.
+    Requests name the student by the service's name and must bring its own template: vLLM applies the base's chat
+    template only. KServe adds the LoRA arguments and the storage initializer that fetches all from their URIs.
     Untested on a GPU, which an annotation says too.
 
     Args:
-        reference: The model or student whose `adapter/` folder is served.
+        reference: The model or student whose folder `adapter/` or `weights/` is served.
         cluster: Where.
         student: The student's base, of the version's own `student.json`.
-        lora_rank: Rank of the adapter.
-        name: Name of the service and of the adapter in requests; the reference's own if None.
+        lora_rank: Rank of the adapter; None if all weights were trained, and the version holds them.
+        name: Name of the service and of the student in requests; the reference's own if None.
 
     Raises:
         InvalidInput: the base is not a hub model at a fixed commit, or the rank is more than vLLM loads.
     """
-    kind, _, repository = student.model.partition(":")
-    if kind != "hub" or not _COMMIT.fullmatch(student.revision or "") or student.num_layers is not None:
-        raise InvalidInput(
-            f"The base {student.model} (revision {student.revision}, num_layers {student.num_layers}) cannot be served "
-            "by vLLM on a cluster. Allowed is a whole hub model (hub:<organisation>/<name>) at a commit of 40 hex "
-            "digits, so that the base is the one that the adapter was trained on. Train with student.model and "
-            "student.revision set so, or render our own server."
-        )
-    max_rank = next((rank for rank in _VLLM_RANKS if rank >= lora_rank), None)
-    if max_rank is None:
-        raise InvalidInput(f"The adapter has rank {lora_rank}; vLLM loads up to {_VLLM_RANKS[-1]}. Train with less.")
-    gpu, service_name = cluster.serving.gpu, _check_name(name or reference.name)
+    service_name = _check_name(name or reference.name)
     prefix = f"{cluster.s3.prefix}/" if cluster.s3.prefix else ""
-    adapter_uri = f"s3://{cluster.s3.bucket}/{prefix}{reference.kind}/{reference.name}/{reference.version}/adapter"
+    version_uri = f"s3://{cluster.s3.bucket}/{prefix}{reference.kind}/{reference.name}/{reference.version}"
+    if lora_rank is None:
+        model: dict[str, Any] = {"uri": f"{version_uri}/weights", "name": service_name}
+    else:
+        repository = _check_hub_base(student)
+        model = {
+            "uri": f"hf://{repository}:{student.revision}",
+            "name": repository,
+            "lora": {
+                "maxRank": _find_max_rank(lora_rank),
+                "adapters": [{"name": service_name, "uri": f"{version_uri}/adapter"}],
+            },
+        }
+    gpu = cluster.serving.gpu
     arguments = f"--max-model-len {student.window_tokens} --tensor-parallel-size {gpu.num_gpus}"
     resources = {"cpu": str(gpu.num_cpus), "memory": f"{gpu.memory_gib}Gi", gpu.resource: str(gpu.num_gpus)}
     container = {
@@ -186,16 +188,32 @@ def render_vllm(
         "kind": "LLMInferenceService",
         "metadata": _metadata(service_name, reference, cluster, annotations),
         "spec": {
-            "model": {
-                "uri": f"hf://{repository}:{student.revision}",
-                "name": repository,
-                "lora": {"maxRank": max_rank, "adapters": [{"name": service_name, "uri": adapter_uri}]},
-            },
+            "model": model,
             "replicas": cluster.serving.min_replicas,
             "router": {"gateway": {}, "route": {}},
             "template": template,
         },
     }
+
+
+def _check_hub_base(student: StudentConfig) -> str:
+    """The repository of an adapter's base, which vLLM is to fetch."""
+    kind, _, repository = student.model.partition(":")
+    if kind != "hub" or not _COMMIT.fullmatch(student.revision or "") or student.num_layers is not None:
+        raise InvalidInput(
+            f"The base {student.model} (revision {student.revision}, num_layers {student.num_layers}) cannot be served "
+            "by vLLM on a cluster. Allowed is a whole hub model (hub:<organisation>/<name>) at a commit of 40 hex "
+            "digits, so that the base is the one that the adapter was trained on. Train with student.model and "
+            "student.revision set so, or render our own server."
+        )
+    return repository
+
+
+def _find_max_rank(lora_rank: int) -> int:
+    max_rank = next((rank for rank in _VLLM_RANKS if rank >= lora_rank), None)
+    if max_rank is None:
+        raise InvalidInput(f"The adapter has rank {lora_rank}; vLLM loads up to {_VLLM_RANKS[-1]}. Train with less.")
+    return max_rank
 
 
 def _check_name(name: str) -> str:

@@ -29,6 +29,14 @@ def tell_event(event: str, **values: object) -> None:
     sys.stdout.flush()
 
 
+def say(text: str) -> None:
+    """One sentence about the work, shown above the bars or as a log line."""
+    if wants_events():
+        tell_event("note", text=text)
+    else:
+        logger.info("%s", text)
+
+
 class Progress:
     """A counter of `total` units of work. Use it as a context manager; say figures with keywords.
 

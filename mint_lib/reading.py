@@ -29,6 +29,9 @@ class ReadPrompt(NamedTuple):
 class Reader(abc.ABC):
     """Reads prompts for one student."""
 
+    unpredicted_ids: frozenset[int] = frozenset()
+    """Tokens of a prompt that no likelihood is asked of, as those that stand for images."""
+
     def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
         self.tokenizer = tokenizer
 

@@ -10,7 +10,6 @@ from typing import Any, Self, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from mint_lib.alignment import AlignmentConfig, AlignmentMethod
 from mint_lib.data import DataConfig, DataSource
 from mint_lib.errors import RecipeError
 from mint_lib.evaluation import EvaluationConfig, EvaluationTask
@@ -22,6 +21,8 @@ from mint_lib.registry import RegistryConfig
 from mint_lib.serving import ServingConfig
 from mint_lib.student import StudentConfig
 from mint_lib.teacher import Teacher, TeacherConfig
+from mint_lib.training.method import AlignmentMethod
+from mint_lib.training.settings import AlignmentConfig
 
 M = TypeVar("M", bound=BaseModel)
 SHARED_KEYS = ("name", "seed", "student")

@@ -4,7 +4,8 @@ Goes in: records of `mint_lib.records`. Comes out: the bytes of a Parquet file, 
 not know where files lie.
 """
 
-from collections.abc import Iterable
+import pathlib
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
 from mint_lib.records import Record
@@ -13,6 +14,11 @@ if TYPE_CHECKING:
     import pyarrow
 
 R = TypeVar("R", bound=Record)
+_GROUP_ROWS = 1024
+_GROUP_BYTES = 32 * 2**20
+"""Most rows, and bytes before compression, of a row group: a reader holds one at a time, images included."""
+_BATCH_ROWS = 64
+"""Rows that become Python objects at a time."""
 
 
 def case_schema() -> "pyarrow.Schema":
@@ -81,15 +87,19 @@ def prediction_schema() -> "pyarrow.Schema":
 
 
 def rows_to_parquet(rows: Iterable[Record], schema: "pyarrow.Schema") -> bytes:
-    """`rows` as one Parquet file. The same rows give the same bytes."""
+    """`rows` as one Parquet file. The same rows give the same bytes.
+
+    Its row groups are small, so that `iterate_parquet` holds little at a time.
+    """
     import io
 
     import pyarrow as pa
     import pyarrow.parquet
 
     table = pa.Table.from_pylist([row.model_dump() for row in rows], schema=schema)
+    num_fitting = _GROUP_BYTES * len(table) // max(1, table.nbytes)
     buffer = io.BytesIO()
-    pyarrow.parquet.write_table(table, buffer, compression="zstd")
+    pyarrow.parquet.write_table(table, buffer, compression="zstd", row_group_size=max(1, min(_GROUP_ROWS, num_fitting)))
     return buffer.getvalue()
 
 
@@ -101,3 +111,16 @@ def parquet_to_rows(data: bytes, row_type: type[R]) -> list[R]:
 
     rows = pyarrow.parquet.read_table(io.BytesIO(data), use_threads=False).to_pylist(maps_as_pydicts="strict")
     return [row_type.model_validate(row) for row in rows]
+
+
+def iterate_parquet(path: pathlib.Path, row_type: type[R]) -> Iterator[R]:
+    """The validated rows of the Parquet file at `path`, of which one row group is in memory at a time.
+
+    The file is open until the iterator is exhausted or closed.
+    """
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
+        for batch in file.iter_batches(batch_size=_BATCH_ROWS, use_threads=False):
+            for row in batch.to_pylist(maps_as_pydicts="strict"):
+                yield row_type.model_validate(row)

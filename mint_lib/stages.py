@@ -18,6 +18,7 @@ from mint_lib.errors import InvalidInput, RecipeError
 from mint_lib.plugins import describe_validation_error
 from mint_lib.records import Reference, code_version
 from mint_lib.store import Store
+from mint_lib.training.settings import AlignmentConfig
 
 logger = logging.getLogger(__name__)
 Inputs = Mapping[str, Reference | Mapping[str, Reference]]
@@ -40,7 +41,7 @@ STAGES: dict[str, Stage] = {
     "data": Stage(data.DataConfig, data.prepare_cases, digest_outside=data.digest_sources),
     "teacher": Stage(teacher.TeacherConfig, teacher.rank_cases, ("cases",)),
     "preferences": Stage(preferences.PreferencesConfig, preferences.build_pairs, ("cases", "rankings")),
-    "alignment": Stage(alignment.AlignmentConfig, alignment.align_student, ("preferences",)),
+    "alignment": Stage(AlignmentConfig, alignment.align_student, ("preferences",)),
     "evaluation": Stage(
         evaluation.EvaluationConfig,
         evaluation.evaluate_students,

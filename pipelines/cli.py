@@ -67,8 +67,16 @@ def run(
 
 
 @app.command()
-def plan(recipe: RecipePath, overrides: Overrides = None) -> None:
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    gpu: Annotated[
+        list[str] | None,
+        typer.Option("--gpu", help="Will it fit? Estimates alignment on this type: a100-80gb, ..., all."),
+    ] = None,
+) -> None:
     """Show every step of a recipe: config, inputs, what is cached, what would be written. Nothing runs."""
+    from pipelines.forecast import print_forecasts
     from pipelines.planning import describe_placement, plan_steps
     from pipelines.stores import open_store
 
@@ -76,16 +84,18 @@ def plan(recipe: RecipePath, overrides: Overrides = None) -> None:
     console = make_console()
     with open_store() as store:
         planned = plan_steps(loaded, store=store)
-    for item in planned:
-        kind_and_name = f"{item.step.stage} -> {item.step.name}"
-        state = f"cached as {item.reference}" if item.reference else "would run and write a new version"
-        console.print(f"\n[bold]{item.step.id}[/bold]  {kind_and_name}  [green]{state}[/green]", highlight=False)
-        if item.estimate:
-            console.print(f"  estimate: {item.estimate}", highlight=False)
-        for name, source in item.step.inputs.items():
-            console.print(f"  input {name}: {json.dumps(source)}", highlight=False, markup=False)
-        console.print(f"  config: {item.step.config.model_dump_json()}", highlight=False, markup=False, soft_wrap=True)
-        console.print(f"  on a cluster: {describe_placement(loaded, item.step)}", highlight=False)
+        for item in planned:
+            kind_and_name = f"{item.step.stage} -> {item.step.name}"
+            state = f"cached as {item.reference}" if item.reference else "would run and write a new version"
+            console.print(f"\n[bold]{item.step.id}[/bold]  {kind_and_name}  [green]{state}[/green]", highlight=False)
+            if item.estimate:
+                console.print(f"  estimate: {item.estimate}", highlight=False)
+            for name, source in item.step.inputs.items():
+                console.print(f"  input {name}: {json.dumps(source)}", highlight=False, markup=False)
+            config = item.step.config.model_dump_json()
+            console.print(f"  config: {config}", highlight=False, markup=False, soft_wrap=True)
+            console.print(f"  on a cluster: {describe_placement(loaded, item.step)}", highlight=False)
+        print_forecasts(planned, gpu or (), store=store, console=console)
     num_cached = sum(item.reference is not None for item in planned)
     console.print(f"\n{len(planned)} steps, {num_cached} cached, {len(planned) - num_cached} would run.")
 

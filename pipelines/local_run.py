@@ -134,6 +134,8 @@ class _RunView(io.TextIOBase):
             self.outputs[event["stage"], reference.name] = reference
             word = "cached" if event["was_cached"] else "written"
             self._console.print(f"[green]{word:<8}[/green]{event['reference'].partition('#')[0]}", highlight=False)
+        elif event["event"] == "note":
+            self._console.print(f"        {event['text']}", highlight=False, markup=False)
         elif event["event"] == "progress":
             figures = " ".join(f"{key}={value:.4g}" for key, value in event["figures"].items())
             if self._console.is_terminal:

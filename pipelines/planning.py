@@ -7,12 +7,12 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from mint_lib.alignment import AlignmentConfig
 from mint_lib.flow import Step, list_steps
 from mint_lib.recipe import Recipe
 from mint_lib.records import Reference
 from mint_lib.stages import output_key
 from mint_lib.store import Store
+from mint_lib.training.settings import AlignmentConfig
 
 
 class PlannedStep(NamedTuple):

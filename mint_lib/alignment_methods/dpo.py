@@ -1,17 +1,20 @@
 """Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290) with TRL's trainer.
 
-The frozen reference is the student without its adapter. TRL runs the prompt once for each side and has no prompt
-trees; its batch counts pairs.
+The frozen reference is the student without its adapter; where all weights are trained it is a copy of the student,
+which takes its memory again. TRL runs the prompt, and the images, once for each side, for the student and for the
+reference; a batch counts pairs. It trains without dropout, so that both log-probabilities differ by the weights alone:
+`lora.dropout` has no effect.
 """
 
-from collections.abc import Sequence
+import copy
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from mint_lib.alignment import AlignmentMethod
-from mint_lib.reading import check_window, encode_answer, encode_prompt
-from mint_lib.records import PreferencePair
+from mint_lib.training.method import AlignmentMethod
+from mint_lib.training.padded_rows import build_row_trainer
+from mint_lib.training.setup import TrainingSetup
+from mint_lib.training.tree_file import TreeFile
 
 if TYPE_CHECKING:
     import torch
@@ -30,32 +33,30 @@ class Dpo(AlignmentMethod):
         """Strength of the pull back to the reference; 0.1 is the paper's and MINT's."""
 
     def build_trainer(
-        self, model: "torch.nn.Module", *, pairs: Sequence[PreferencePair], arguments: dict[str, Any]
+        self, model: "torch.nn.Module", *, trees: TreeFile, setup: TrainingSetup
     ) -> "transformers.Trainer":
         """A trainer on every pair by itself."""
-        import datasets
+        import peft
         import trl
 
-        class PreparedDpoTrainer(trl.DPOTrainer):
-            """Takes token ids as they are, so that both sides have the tokens that ORPO trains and serving makes."""
-
-            def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
-                return dataset
-
-        rows = []
-        for pair in pairs:
-            prompt_ids = encode_prompt(self.tokenizer, pair.prompt)
-            chosen_ids = encode_answer(self.tokenizer, pair.chosen)
-            rejected_ids = encode_answer(self.tokenizer, pair.rejected)
-            check_window(
-                len(prompt_ids) + max(len(chosen_ids), len(rejected_ids)),
-                window_tokens=self.window_tokens,
-                case_id=pair.case_id,
-            )
-            rows.append({"prompt_ids": prompt_ids, "chosen_ids": chosen_ids, "rejected_ids": rejected_ids})
-        return PreparedDpoTrainer(
-            model=model,
-            args=trl.DPOConfig(**arguments, gradient_checkpointing=False, max_length=None, beta=self.config.beta),
-            train_dataset=datasets.Dataset.from_list(rows),
-            processing_class=self.tokenizer,
+        has_adapter = isinstance(model, peft.PeftModel)
+        trainer = build_row_trainer(
+            trl.DPOTrainer,
+            trl.DPOConfig,
+            model,
+            trees=trees,
+            reader=self.reader,
+            setup=setup,
+            list_rows=lambda tree: zip(tree.chosen, tree.rejected, strict=True),
+            settings={"beta": self.config.beta},
+            ref_model=None if has_adapter else _copy_frozen(model),
         )
+        if has_adapter:
+            # TRL copies the adapter as its reference; without the copy it turns the adapter off instead.
+            model.delete_adapter("ref")
+        return trainer
+
+
+def _copy_frozen(model: Any) -> Any:
+    """A copy of `model` that shares no weight with it and is not trained."""
+    return copy.deepcopy(model).requires_grad_(False).eval()

@@ -8,15 +8,20 @@ Shape suffixes: as in `mint_lib/packing.py`, and P pairs in a batch.
 """
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from mint_lib.alignment import AlignmentMethod
-from mint_lib.records import PreferencePair
-from mint_lib.training.packed_trainer import average_chosen_nll, build_packed_trainer, compare_sides
+from mint_lib.training.method import AlignmentMethod
+from mint_lib.training.packed_trainer import (
+    average_chosen_nll,
+    average_over_pairs,
+    build_packed_trainer,
+    compare_sides,
+)
 from mint_lib.training.preference_trees import PackedPairs, average_pairs
+from mint_lib.training.setup import TrainingSetup
+from mint_lib.training.tree_file import TreeFile
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +32,8 @@ _SMALLEST_SURPRISE = 2.0**-20  # of a float32 average log-probability: about 1e-
 
 class Orpo(AlignmentMethod):
     """Odds ratio preference optimisation without a reference model."""
+
+    splits_by_tokens = True
 
     class Config(BaseModel):
         """Settings of the loss."""
@@ -41,41 +48,40 @@ class Orpo(AlignmentMethod):
         """Weight of the likelihood term."""
 
     def build_trainer(
-        self, model: "torch.nn.Module", *, pairs: Sequence[PreferencePair], arguments: dict[str, Any]
+        self, model: "torch.nn.Module", *, trees: TreeFile, setup: TrainingSetup
     ) -> "transformers.Trainer":
         """A trainer on the pairs' prompt trees."""
         config = self.config
         return build_packed_trainer(
             model,
-            pairs=pairs,
-            tokenizer=self.tokenizer,
-            window_tokens=self.window_tokens,
+            trees=trees,
+            reader=self.reader,
             with_prompt_edges=config.nll == "prompt_and_answer",
             loss=lambda log_probability_N, batch: orpo_loss(
                 log_probability_N, batch, beta=config.beta, nll_weight=config.nll_weight
             ),
-            arguments=arguments,
+            setup=setup,
         )
 
 
 def orpo_loss(
     log_probability_N: "torch.Tensor", batch: PackedPairs, *, beta: float, nll_weight: float
 ) -> tuple["torch.Tensor", dict[str, "torch.Tensor"]]:
-    """The loss of a batch and, detached, its figures: nll, odds_ratio_loss, reward_accuracy, reward_margin.
+    """A batch's share of the step's loss and, detached, its figures.
 
-    `log_probability_N` is the float32 log-probability of each edge, as `predict_edges` gives it. The figure
-    reward_margin is in nats per token.
+    These are nll, odds_ratio_loss, reward_accuracy and reward_margin, the last in nats per token. `log_probability_N`
+    is the float32 log-probability of each edge, as `predict_edges` gives it.
     """
     import torch
 
     chosen_P, rejected_P = average_pairs(log_probability_N, batch)
     log_odds_P = (chosen_P - rejected_P) - (log1mexp(chosen_P) - log1mexp(rejected_P))
-    odds_ratio_loss = -torch.nn.functional.logsigmoid(log_odds_P).mean()
+    odds_ratio_loss = average_over_pairs(-torch.nn.functional.logsigmoid(log_odds_P), batch)
     nll = average_chosen_nll(log_probability_N, batch)
     figures = {
         "nll": nll.detach(),
         "odds_ratio_loss": odds_ratio_loss.detach(),
-        **compare_sides(chosen_P, rejected_P),
+        **compare_sides(chosen_P, rejected_P, batch),
     }
     return nll_weight * nll + beta * odds_ratio_loss, figures
 

@@ -1,13 +1,13 @@
 """Supervised fine-tuning on the chosen answers, with TRL's trainer: the baseline that never sees a rejected answer."""
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from mint_lib.alignment import AlignmentMethod
-from mint_lib.reading import check_window, encode_answer, encode_prompt
-from mint_lib.records import PreferencePair
+from mint_lib.training.method import AlignmentMethod
+from mint_lib.training.padded_rows import build_row_trainer
+from mint_lib.training.setup import TrainingSetup
+from mint_lib.training.tree_file import TreeFile
 
 if TYPE_CHECKING:
     import torch
@@ -25,30 +25,32 @@ class Sft(AlignmentMethod):
         model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
         nll: Literal["answer", "prompt_and_answer"] = "answer"
-        """Tokens whose likelihood is raised: the chosen answer's only, or the prompt's too."""
+        """Tokens whose likelihood is raised: the chosen answer's only, or the prompt's too, images left out."""
 
     def build_trainer(
-        self, model: "torch.nn.Module", *, pairs: Sequence[PreferencePair], arguments: dict[str, Any]
+        self, model: "torch.nn.Module", *, trees: TreeFile, setup: TrainingSetup
     ) -> "transformers.Trainer":
-        """A trainer on each case's chosen answers, every one once however many pairs hold it."""
-        import datasets
+        """A trainer on each prompt's chosen answers, every one once however many pairs hold it."""
         import trl
 
-        rows = []
-        for pair in {(pair.case_id, pair.chosen): pair for pair in pairs}.values():
-            prompt_ids = encode_prompt(self.tokenizer, pair.prompt)
-            answer_ids = encode_answer(self.tokenizer, pair.chosen)
-            check_window(len(prompt_ids) + len(answer_ids), window_tokens=self.window_tokens, case_id=pair.case_id)
-            labels = prompt_ids if self.config.nll == "prompt_and_answer" else [_NOT_LABELLED] * len(prompt_ids)
-            rows.append({"input_ids": prompt_ids + answer_ids, "labels": labels + answer_ids})
-        return trl.SFTTrainer(
-            model=model,
-            args=trl.SFTConfig(
-                **arguments,
-                gradient_checkpointing=False,
-                max_length=None,
-                dataset_kwargs={"skip_prepare_dataset": True},
-            ),
-            train_dataset=datasets.Dataset.from_list(rows),
-            processing_class=self.tokenizer,
+        # A text student has none. An image's places stand for pixels; an output layer may not even know their token.
+        image_token_id = getattr(model.config, "image_token_id", None)
+        return build_row_trainer(
+            trl.SFTTrainer,
+            trl.SFTConfig,
+            model,
+            trees=trees,
+            reader=self.reader,
+            setup=setup,
+            list_rows=lambda tree: [(answer,) for answer in dict.fromkeys(tree.chosen)],
+            finish_batch=lambda batch: self._label(batch, image_token_id),
         )
+
+    def _label(self, batch: dict[str, Any], image_token_id: int | None) -> dict[str, Any]:
+        """`batch` with `labels` in place of the answers' mask."""
+        is_answer_BT = batch.pop("completion_mask")
+        is_labelled_BT = is_answer_BT if self.config.nll == "answer" else batch["attention_mask"]
+        labels_BT = batch["input_ids"].masked_fill(is_labelled_BT == 0, _NOT_LABELLED)
+        if image_token_id is not None:
+            labels_BT[labels_BT == image_token_id] = _NOT_LABELLED
+        return {**batch, "labels": labels_BT}

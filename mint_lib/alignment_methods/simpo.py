@@ -7,15 +7,20 @@ computed once and logits exist only where a token is to be predicted, its cost d
 Shape suffixes: as in `mint_lib/packing.py`, and P pairs in a batch.
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from mint_lib.alignment import AlignmentMethod
-from mint_lib.records import PreferencePair
-from mint_lib.training.packed_trainer import average_chosen_nll, build_packed_trainer, compare_sides
+from mint_lib.training.method import AlignmentMethod
+from mint_lib.training.packed_trainer import (
+    average_chosen_nll,
+    average_over_pairs,
+    build_packed_trainer,
+    compare_sides,
+)
 from mint_lib.training.preference_trees import PackedPairs, average_pairs
+from mint_lib.training.setup import TrainingSetup
+from mint_lib.training.tree_file import TreeFile
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +29,8 @@ if TYPE_CHECKING:
 
 class Simpo(AlignmentMethod):
     """Simple preference optimisation with a length-normalised reward and a target margin."""
+
+    splits_by_tokens = True
 
     class Config(BaseModel):
         """Settings of the loss; the defaults are those of the paper's Llama-3-Base."""
@@ -40,27 +47,26 @@ class Simpo(AlignmentMethod):
         """Weight of the chosen answer's negative log-likelihood per token; 0 is SimPO, more is CPO-SimPO."""
 
     def build_trainer(
-        self, model: "torch.nn.Module", *, pairs: Sequence[PreferencePair], arguments: dict[str, Any]
+        self, model: "torch.nn.Module", *, trees: TreeFile, setup: TrainingSetup
     ) -> "transformers.Trainer":
         """A trainer on the pairs' prompt trees."""
         config = self.config
         return build_packed_trainer(
             model,
-            pairs=pairs,
-            tokenizer=self.tokenizer,
-            window_tokens=self.window_tokens,
+            trees=trees,
+            reader=self.reader,
             with_prompt_edges=False,
             loss=lambda log_probability_N, batch: simpo_loss(
                 log_probability_N, batch, beta=config.beta, gamma=config.gamma, nll_weight=config.nll_weight
             ),
-            arguments=arguments,
+            setup=setup,
         )
 
 
 def simpo_loss(
     log_probability_N: "torch.Tensor", batch: PackedPairs, *, beta: float, gamma: float, nll_weight: float
 ) -> tuple["torch.Tensor", dict[str, "torch.Tensor"]]:
-    """The loss of a batch and, detached, its figures: nll, simpo_loss, reward_accuracy, reward_margin.
+    """A batch's share of the step's loss and, detached, its figures: nll, simpo_loss, reward_accuracy, reward_margin.
 
     `log_probability_N` is the float32 log-probability of each edge, as `predict_edges` gives it. The figure
     reward_margin is in nats per token, without beta.
@@ -68,7 +74,7 @@ def simpo_loss(
     import torch
 
     chosen_P, rejected_P = average_pairs(log_probability_N, batch)
-    margin_loss = -torch.nn.functional.logsigmoid(beta * (chosen_P - rejected_P) - gamma).mean()
+    margin_loss = average_over_pairs(-torch.nn.functional.logsigmoid(beta * (chosen_P - rejected_P) - gamma), batch)
     nll = average_chosen_nll(log_probability_N, batch)
-    figures = {"nll": nll.detach(), "simpo_loss": margin_loss.detach(), **compare_sides(chosen_P, rejected_P)}
+    figures = {"nll": nll.detach(), "simpo_loss": margin_loss.detach(), **compare_sides(chosen_P, rejected_P, batch)}
     return margin_loss + nll_weight * nll, figures

@@ -17,7 +17,7 @@ from mint_lib.clinical.ontology import load_ontology
 from mint_lib.errors import MissingDependency
 from mint_lib.evaluation import CHANCE, MAJORITY, TEACHER, EvaluationTask
 from mint_lib.progress import Progress
-from mint_lib.reading import encode_answer
+from mint_lib.reading import TextReader, encode_answer
 from mint_lib.records import Metric, Prediction, Ranking
 from mint_lib.reporting.findings import PairedTest
 from mint_lib.reporting.material import Material
@@ -105,7 +105,7 @@ class RareDiseaseRanking(EvaluationTask):
         with Progress(f"evaluation: {system}", total=len(prompts) + len(self._generated)) as progress:
             log_probabilities_NL = rank_labels(
                 model,
-                tokenizer,
+                TextReader(tokenizer),
                 material.template,
                 labels,
                 prompts,

@@ -18,8 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from mint_lib.errors import InvalidInput
 from mint_lib.reading import end_of_turn_id
+from mint_lib.records import Reference
 from mint_lib.server.asking import warm_up
-from mint_lib.server.base_files import BaseFiles
+from mint_lib.server.base_files import BaseFiles, digest_weights
 from mint_lib.server.engines import BaseKey, Engines, LoadedModel, RunningBase
 from mint_lib.server.safe_adapter import check_adapter
 from mint_lib.server.stored_student import StoredStudent, read_student
@@ -41,7 +42,7 @@ class LoadConfig(BaseModel):
 
     base: str | None = None
     """A mirrored base in the store, for instance `base/smollm2`; None takes the base from where the student's own
-    config names it: a package, a hub, a folder."""
+    config names it: a package, a hub, a folder. A student of which all weights were trained needs neither."""
     precision: Literal["trained", "int8"] = "trained"
     """`trained`: that of the training. `int8`: 8-bit weights, if the gate finds that the answers stay the same."""
     abstain_below: float = Field(default=0.0, ge=0.0, le=1.0)
@@ -54,24 +55,30 @@ def load_student(store: "Store", text: str, *, name: str, engines: Engines, opti
     """The student that `text` (a reference, `model/name@alias` and the like) means, answering to `name`.
 
     Raises:
-        InvalidInput: the version is no model or student, a file of it or of its base is refused, or the adapter belongs
-            to another base.
+        InvalidInput: the version is no model or student, the student reads images, a file of it or of its base is
+            refused, or the adapter belongs to another base.
         StoreError: the store cannot be read, or a file is not what was committed.
         GateFailed: int8 was asked for and changes the answers.
         ComputationFailed: the student's first answer is no answer.
     """
     started = time.monotonic()
     stored = read_student(store, store.resolve(text))
-    mirror = store.resolve(options.base) if options.base is not None else None
-    first: Precision = stored.facts.student.dtype
+    facts = stored.facts
+    if facts.tuning == "full":
+        holder: Reference | None = stored.reference
+        digest = digest_weights(store, stored.reference, facts.student)
+    else:
+        holder = store.resolve(options.base) if options.base is not None else None
+        digest = facts.base_digest
+    first: Precision = facts.student.dtype
     with (
-        BaseFiles(store, stored.facts.student, mirror=mirror, digest=stored.facts.base_digest) as files,
+        BaseFiles(store, facts.student, stored=holder, digest=digest) as files,
         ThreadPoolExecutor(1, thread_name_prefix="imports") as pool,
     ):
         # The download begins before the imports, which leave other threads little of the interpreter.
-        if not engines.has(BaseKey(stored.facts.base_digest, first)):
+        if not engines.has(BaseKey(digest, first)):
             files.start()
-        load = _Load(store, stored, name, engines, options, files, pool.submit(import_libraries), started)
+        load = _Load(store, stored, digest, name, engines, options, files, pool.submit(import_libraries), started)
         return load.through_gate() if options.precision == "int8" else load.in_precision(first)
 
 
@@ -90,6 +97,8 @@ class _Load:
 
     store: "Store"
     stored: StoredStudent
+    digest: str
+    """Of the weights that the engine is to hold: the base's, or the student's own."""
     name: str
     engines: Engines
     options: LoadConfig
@@ -118,18 +127,21 @@ class _Load:
 
     def in_precision(self, precision: Precision) -> ServedStudent:
         """The student, loaded and warm."""
-        key = BaseKey(self.stored.facts.base_digest, precision)
+        key = BaseKey(self.digest, precision)
+        adapter = f"{self.name}@{self.stored.reference.version}.{next(_numbers)}"
         with tempfile.TemporaryDirectory(prefix="mint-adapter-") as scratch:
-            folder = self.store.download(self.stored.reference, pathlib.Path(scratch), prefix="adapter")
+            folder = None
+            if self.stored.facts.tuning == "adapter":
+                folder = self.store.download(self.stored.reference, pathlib.Path(scratch), prefix="adapter")
             base = self.engines.hold(key, lambda: self._load_base(precision))
-            adapter = f"{self.name}@{self.stored.reference.version}.{next(_numbers)}"
             try:
-                check_adapter(
-                    folder,
-                    base_model=self.stored.facts.student.model,
-                    num_layers=self.stored.facts.student.num_layers or base.facts.num_layers,
-                    base_tensors=base.facts.tensors,
-                )
+                if folder is not None:
+                    check_adapter(
+                        folder,
+                        base_model=self.stored.facts.student.model,
+                        num_layers=self.stored.facts.student.num_layers or base.facts.num_layers,
+                        base_tensors=base.facts.tensors,
+                    )
                 base.engine.add_adapter(adapter, folder)
             except BaseException:
                 self.engines.let_go(key)
@@ -145,7 +157,7 @@ class _Load:
         return dataclasses.replace(student, load_seconds=seconds)
 
     def _load_base(self, precision: Precision) -> LoadedModel:
-        """The base without adapter, from files that were checked."""
+        """The base without adapter, or the whole student, from files that were checked."""
         import jinja2
 
         from mint_lib.server.safe_base import check_base

@@ -132,6 +132,8 @@ def _check_config(config: Mapping[str, Any], path: pathlib.Path) -> None:
         refuse(path, f"it lacks {', '.join(missing)}")
     if config.get("use_dora") is True:
         refuse(path, "it is weight-decomposed (DoRA), which is not served; align with lora.update: additive")
+    if config.get("modules_to_save"):
+        refuse(path, "it trains whole modules too (lora.projector: trained), and what is served here reads text only")
     for key, value in config.items():
         if key in _CHECKS:
             is_allowed = _CHECKS[key](value)

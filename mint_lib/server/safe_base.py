@@ -158,6 +158,8 @@ def _check_config(path: pathlib.Path) -> Any:
     """The validated config object."""
     found = read_json_object(path)
     family = found.get("model_type")
+    if "vision_config" in found:
+        refuse(path, "its model reads images, and what is served here reads text only")
     if family not in FAMILIES:
         refuse(path, f"its model_type is none of {', '.join(FAMILIES)}")
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING

@@ -4,7 +4,7 @@ Goes in: a reference. Comes out: a `StoredStudent`, whose parts were found to be
 another module's; nothing here is loaded into a model.
 """
 
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
@@ -25,9 +25,13 @@ _LABELS = TypeAdapter(tuple[Label, ...])
 
 
 class StudentFacts(Record):
-    """`student.json`: what the adapter was trained on and how."""
+    """`student.json`: what was trained on what and how."""
 
     student: StudentConfig
+    tuning: Literal["adapter", "full"] = "adapter"
+    """`full`: all weights were trained, and the version holds them instead of an adapter."""
+    quantisation: Literal["none", "nf4"] = "none"
+    """How the base was held in training; the adapter is served on the base as it is."""
     base_digest: str
     template_digest: str
     method: str

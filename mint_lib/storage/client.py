@@ -8,7 +8,9 @@ import base64
 import functools
 import hashlib
 import logging
+import os
 import random
+import secrets
 import threading
 import time
 import urllib.parse
@@ -215,6 +217,27 @@ class S3:
                 f"{self.locate(key)} is damaged: {problem}. It was not used. Restore it from a backup, or make the "
                 "version again under a new number."
             )
+
+    def get_file(self, key: str, entry: FileEntry, target: Path) -> None:
+        """Copy one object to the local file `target`, which appears under its name when it is whole and checked.
+
+        Raises:
+            IntegrityError: the object is not what was committed.
+            StoreError: the local folder cannot be written.
+        """
+        part = target.with_name(f".{secrets.token_hex(8)}.part")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with part.open("w+b") as sink:
+                self.get_verified(key, entry, sink)
+            os.replace(part, target)
+        except StoreError:
+            raise
+        except OSError as error:
+            advice = "Free some space there or choose another folder."
+            raise StoreError(f"{target} cannot be written ({error.strerror}). {advice}") from error
+        finally:
+            part.unlink(missing_ok=True)
 
     def list_objects(self, prefix: str) -> Iterator[StoredObject]:
         """Every object whose key starts with `prefix`, in the order of keys."""

@@ -8,9 +8,13 @@ Shape suffixes: B rows, T places, H hidden size.
 """
 
 import hashlib
+import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
+
+from mint_lib.attention import make_attention_mask
+from mint_lib.packing import collate_trees, move_to, pack_tree
 
 if TYPE_CHECKING:
     import torch
@@ -29,61 +33,81 @@ class FrozenLayers:
         self._num_frozen = num_frozen
         self._pad_token_id = pad_token_id
         self._hidden_TH: dict[bytes, torch.Tensor] = {}
-        self._found: list[torch.Tensor] | None = None
+        self._found: list[tuple[Any, int, slice]] | None = None
         decoder.register_forward_pre_hook(self._look_up, with_kwargs=True)
         decoder.embed_tokens.register_forward_hook(self._replace_embeddings)
         for layer in decoder.layers[:num_frozen]:
             layer.forward = self._skip_if_found(layer.forward)
 
     def fill(self, batches: Iterable[Mapping[str, Any]]) -> int:
-        """Compute and keep the rows of `batches`; returns the bytes kept. The same batches give the same bits."""
+        """Compute and keep the rows of `batches`; returns the bytes kept. The same batches give the same bits.
+
+        Trees are kept one by one, however rows are made of them.
+        """
         import torch
 
         decoder = self._decoder
+        # Rows of other lengths will be padded elsewhere, and a place of padding is looked up like a tree.
+        padding = pack_tree([self._pad_token_id], [[self._pad_token_id]])
+        padding_batch = move_to(collate_trees([padding], pad_token_id=self._pad_token_id), decoder.device)
         layers, norm, was_training = decoder.layers, decoder.norm, decoder.training
         decoder.layers, decoder.norm = layers[: self._num_frozen], torch.nn.Identity()
         decoder.eval()
         try:
             with torch.no_grad():
-                for batch in batches:
+                for batch in itertools.chain([padding_batch], batches):
                     inputs = {name: batch[name] for name in _INPUTS if name in batch}
+                    if "end_BT" in batch:
+                        implementation = decoder.config._attn_implementation
+                        inputs["attention_mask"] = make_attention_mask(
+                            batch["end_BT"], implementation=implementation, dtype=decoder.dtype
+                        )
                     hidden_BTH = decoder(**inputs, use_cache=False).last_hidden_state
-                    for row, (key, num_places) in enumerate(self._keys(inputs)):
-                        self._hidden_TH[key] = hidden_BTH[row, :num_places].clone()
+                    for key, row, places in self._list_pieces(inputs):
+                        self._hidden_TH[key] = hidden_BTH[row, places].clone()
         finally:
             decoder.layers, decoder.norm = layers, norm
             decoder.train(was_training)
         return sum(hidden_TH.nbytes for hidden_TH in self._hidden_TH.values())
 
-    def _keys(self, inputs: Mapping[str, Any]) -> list[tuple[bytes, int]]:
-        """For each row, what its output depends on, and its length without padding at its end."""
+    def _list_pieces(self, inputs: Mapping[str, Any]) -> list[tuple[bytes, int, slice]]:
+        """What can be kept: what its output depends on, its row and its places.
+
+        With positions, a row falls into trees, each from a place at position 0 to the next: of two trees with the same
+        tokens, their positions say what hangs where. A place of padding is a tree of its own. Without, a piece is a row
+        up to the padding at its end.
+        """
         ids_BT = inputs["input_ids"].cpu().numpy()
-        mask: Any = inputs.get("attention_mask")
-        mask_BTT = mask[:, 0].cpu().numpy() if mask is not None and mask.dim() == 4 else [None] * len(ids_BT)
-        keys = []
-        for ids_T, mask_TT in zip(ids_BT, mask_BTT, strict=True):
-            is_token = ids_T != self._pad_token_id
-            num_places = len(ids_T) - int(is_token[::-1].argmax()) if is_token.any() else 0
-            hasher = hashlib.sha256(ids_T[:num_places].tobytes())
-            if mask_TT is not None:  # of two trees with the same tokens, the mask says what hangs where
-                hasher.update(mask_TT[:num_places, :num_places].tobytes())
-            keys.append((hasher.digest(), num_places))
-        return keys
+        positions = inputs.get("position_ids")
+        pieces = []
+        for row, ids_T in enumerate(ids_BT):
+            if positions is None:
+                is_token_T = ids_T != self._pad_token_id
+                starts, end = [0], len(ids_T) - int(is_token_T[::-1].argmax()) if is_token_T.any() else 0
+                parts = [ids_T]
+            else:
+                position_T = positions[row].cpu().numpy()
+                starts, end = (position_T == 0).nonzero()[0].tolist(), len(ids_T)
+                parts = [ids_T, position_T]
+            for start, stop in itertools.pairwise([*starts, end]):
+                key = hashlib.sha256(b"".join(part_T[start:stop].tobytes() for part_T in parts)).digest()
+                pieces.append((key, row, slice(start, stop)))
+        return pieces
 
     def _look_up(self, decoder: Any, _arguments: Any, options: Mapping[str, Any]) -> None:
         """Before a forward pass: the kept outputs of its rows, if it is a training pass and all are there."""
         self._found = None
         if not decoder.training or options.get("input_ids") is None:
             return
-        found = [self._hidden_TH.get(key) for key, _ in self._keys(options)]
-        self._found = found if all(hidden_TH is not None for hidden_TH in found) else None
+        found = [(self._hidden_TH.get(key), row, places) for key, row, places in self._list_pieces(options)]
+        self._found = found if all(hidden_TH is not None for hidden_TH, _, _ in found) else None
 
     def _replace_embeddings(self, _module: Any, _inputs: Any, embeddings_BTH: "torch.Tensor") -> Any:
         if self._found is None:
             return None
         hidden_BTH = embeddings_BTH.detach().new_zeros(embeddings_BTH.shape)
-        for row, hidden_TH in enumerate(self._found):
-            hidden_BTH[row, : len(hidden_TH)] = hidden_TH
+        for hidden_TH, row, places in self._found:
+            hidden_BTH[row, places] = hidden_TH
         return hidden_BTH
 
     def _skip_if_found(self, forward: Any) -> Any:

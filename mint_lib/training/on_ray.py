@@ -2,7 +2,8 @@
 
 Goes in: a loop, what it needs, how many workers, and the store. Comes out: the folder of files of its last checkpoint.
 Dead workers are replaced and go on from the last checkpoint, and so does a driver that is started again with the same
-run id. This module knows nothing of what is trained.
+run id. A driver that is told to stop has the workers write a checkpoint first. Checkpoints go to the store by
+`mint_lib/training/checkpoints.py`, not by Ray. This module knows nothing of what is trained.
 """
 
 import contextlib
@@ -11,13 +12,15 @@ import os
 import pathlib
 import shutil
 import signal
+import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mint_lib.errors import MintError
-from mint_lib.progress import Progress
+from mint_lib.progress import Progress, say
 
 if TYPE_CHECKING:
     from ray.util.queue import Queue
@@ -26,30 +29,53 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 _POLL_SECONDS = 0.5
+STOP_GRACE_SECONDS = 25.0
+"""How long workers that are told to stop may take for a step and a checkpoint; Kubernetes kills after 30 by default."""
 
 
 class WorkerResources(NamedTuple):
     """How many workers there are and what each gets."""
 
     num_workers: int
+    min_workers: int
+    """Fewer than `num_workers`: the run goes on with as many as there is room for, at least these."""
     cpus_per_worker: int
     use_gpu: bool
     max_failures: int
 
 
-class ProgressReporter:
-    """A worker's end of the line to the driver: positions, figures, and the error that ends the run. It pickles."""
+class Driver:
+    """A worker's end of the line to the driver. It pickles."""
 
-    def __init__(self, queue: "Queue"):
-        self._queue = queue
+    def __init__(self, told: "Queue", stops: "Queue"):
+        self._told = told
+        self._stops = stops
 
     def tell(self, done: int, total: int, figures: dict[str, float], *, activity: str = "") -> None:
         """Say that `done` of `total` steps are done, of training itself or of another activity."""
-        self._queue.put(("progress", activity, done, total, figures))
+        self._told.put(("progress", activity, done, total, figures))
+
+    def say(self, text: str) -> None:
+        """Say one sentence about the run."""
+        self._told.put(("note", text))
 
     def fail(self, error: MintError) -> None:
         """End the run with an error that a new attempt would meet again; the driver raises it."""
-        self._queue.put(("error", error))
+        self._told.put(("error", error))
+
+    def watch_for_stop(self) -> Callable[[], bool]:
+        """A function that tells at once whether the driver wants the run to stop; a thread asks the driver."""
+        asked = threading.Event()
+
+        def poll() -> None:
+            # The queue's actor ends with the driver, and then so does this process.
+            with contextlib.suppress(Exception):
+                while self._stops.empty():
+                    time.sleep(_POLL_SECONDS)
+                asked.set()
+
+        threading.Thread(target=poll, name="watch-for-stop", daemon=True).start()
+        return asked.is_set
 
 
 def train_on_ray(
@@ -62,29 +88,32 @@ def train_on_ray(
     description: str,
     target: pathlib.Path,
 ) -> pathlib.Path:
-    """Run `loop(payload | {"progress": ProgressReporter})` on every worker; copy its last checkpoint to `target`.
+    """Run `loop(payload | {"driver": Driver, "run_id": run_id})` on every worker; copy its last checkpoint to `target`.
 
-    The loop reports its checkpoints with `ray.train.report`; the last one holds the results. `run_id` names the folder
-    of running work in the store: an interrupted run with the same id is taken up. The progress says `description`.
+    The loop writes its checkpoints with `RunCheckpoints`; the last one holds the results. `run_id` names the folder of
+    running work in the store: an interrupted run with the same id is taken up. The progress says `description`.
 
     Raises:
-        MintError: what a worker handed to `ProgressReporter.fail`.
+        MintError: what a worker handed to `Driver.fail`.
+        Interrupted: this process got SIGTERM, and the workers wrote a checkpoint within `STOP_GRACE_SECONDS`.
         ray.train.TrainingFailedError: workers died more often than `resources.max_failures`.
     """
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.util.queue import Queue
 
+    from mint_lib.training.checkpoints import RunCheckpoints
+
     filesystem, runs_path = store.arrow_filesystem(), store.runs_path(run_id)
-    num_cpus = resources.num_workers * resources.cpus_per_worker
-    with ray_session(num_cpus):
-        queue = Queue(actor_options={"num_cpus": 0})
+    most, least = resources.num_workers, resources.min_workers
+    with ray_session(most * resources.cpus_per_worker):
+        told, stops = Queue(actor_options={"num_cpus": 0}), Queue(actor_options={"num_cpus": 0})
         trainer = TorchTrainer(
             loop,
-            train_loop_config=payload | {"progress": ProgressReporter(queue)},
+            train_loop_config=payload | {"driver": Driver(told, stops), "run_id": run_id},
             torch_config=TorchConfig(backend="nccl" if resources.use_gpu else "gloo"),
             scaling_config=ScalingConfig(
-                num_workers=resources.num_workers,
+                num_workers=(least, most) if least < most else most,
                 use_gpu=resources.use_gpu,
                 resources_per_worker={"CPU": resources.cpus_per_worker} | ({"GPU": 1} if resources.use_gpu else {}),
             ),
@@ -93,18 +122,50 @@ def train_on_ray(
                 storage_path=str(pathlib.PurePosixPath(runs_path).parent),
                 storage_filesystem=filesystem,
                 failure_config=FailureConfig(max_failures=resources.max_failures),
-                checkpoint_config=CheckpointConfig(num_to_keep=1),
             ),
         )
-        with _follow(queue, description) as errors:
-            result = trainer.fit()
+        with _follow(told, description) as errors, _pass_on_sigterm(stops):
+            trainer.fit()
         if errors:
             raise errors[0]
-        if result.checkpoint is None:
-            raise RuntimeError(f"the training loop of {description} reported no checkpoint")
-        result.checkpoint.to_directory(str(target))
+        checkpoints = RunCheckpoints(store, run_id)
+        if checkpoints.restore(target) is None:
+            raise RuntimeError(f"the training loop of {description} wrote no checkpoint")
+        checkpoints.delete_all()
     filesystem.delete_dir(runs_path)
     return target
+
+
+@contextlib.contextmanager
+def _pass_on_sigterm(stops: "Queue") -> Iterator[None]:
+    """Ask the workers to stop when this process is told to; what stood there before acts if they take too long."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    timer = threading.Timer(STOP_GRACE_SECONDS, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.daemon = True
+
+    def ask_workers() -> None:
+        with contextlib.suppress(Exception):  # Ray may be going down already
+            stops.put(True)
+
+    def handle(number: int, frame: Any) -> None:
+        if timer.ident is None:  # not started, so this is the first signal
+            logger.warning("told to stop: the workers write a checkpoint first, within %.0f s", STOP_GRACE_SECONDS)
+            timer.start()
+            threading.Thread(target=ask_workers, name="ask-workers-to-stop", daemon=True).start()
+        elif callable(before):
+            before(number, frame)
+        else:
+            sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        timer.cancel()
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager
@@ -152,6 +213,9 @@ def _follow(queue: "Queue", description: str) -> Iterator[list[MintError]]:
                     continue
                 if kind == "error":
                     errors.append(values[0])
+                    continue
+                if kind == "note":
+                    say(values[0])
                     continue
                 activity, done, total, figures = values
                 if activity not in bars:

@@ -1,15 +1,17 @@
 """Preference pairs as packed prompt trees: all pairs of one case hang from one prompt.
 
-Goes in: pairs and the student's tokenizer. Comes out: trees, batches with the indices a preference loss needs, and the
-average log-probabilities of both sides of each pair. It does not know what a method makes of them.
+Goes in: pairs and the student's reader. Comes out: trees, batches with the indices a preference loss needs, and the
+average log-probabilities of both sides of each pair; and prompts cut to the room they have. It does not know what a
+method makes of them, nor where the trees of a training set lie.
 
 Shape suffixes: as in `mint_lib/packing.py`, and P pairs in a batch.
 """
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+from mint_lib.errors import PromptTooLong
 from mint_lib.packing import (
     PackedTrees,
     Tree,
@@ -20,12 +22,15 @@ from mint_lib.packing import (
     predict_edges,
     sum_answers,
 )
-from mint_lib.reading import check_window, encode_answer, encode_prompt
-from mint_lib.records import PreferencePair
+from mint_lib.reading import Reader, ReadPrompt, encode_answer
+from mint_lib.records import PreferencePair, Turn
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
+
+OverLong = Literal["refuse", "cut_prompt"]
+"""What becomes of a prompt that does not fit the student's window beside its longest answer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +42,8 @@ class PairTree:
     chosen: tuple[int, ...]
     """For each pair, which of the tree's answers is chosen."""
     rejected: tuple[int, ...]
+    images: tuple[bytes, ...] = dataclasses.field(default=(), repr=False)
+    """The prompt's encoded images; their places are in the tree."""
 
 
 class PackedPairs(PackedTrees):
@@ -47,47 +54,127 @@ class PackedPairs(PackedTrees):
     rejected_P: "torch.Tensor"  # noqa: N815
     nll_weight_N: "torch.Tensor"  # noqa: N815
     """How many pairs count an edge in the likelihood of their chosen side: 0 for edges of rejected answers only."""
+    pair_total: "torch.Tensor"
+    """Scalar that a loss divides its sum over pairs by: their number, in this batch or in all of an optimiser step."""
+    nll_total: "torch.Tensor"
+    """Scalar that a loss divides its sum over edges by: the sum of `nll_weight_N`, of this batch or of a step."""
     case_ids: list[str]
 
 
 def grow_trees(
     pairs: Sequence[PreferencePair],
-    tokenizer: "PreTrainedTokenizerBase",
+    reader: Reader,
     *,
     window_tokens: int,
     with_prompt_edges: bool = False,
+    over_long: OverLong = "refuse",
 ) -> list[PairTree]:
     """One tree for each prompt of each case, in the order of first appearance; equal answers are stored once.
 
     Raises:
-        PromptTooLong: prompt and answer of a pair together exceed `window_tokens`.
+        PromptTooLong: as `fit_prompt`.
+        InvalidInput: the reader refuses a prompt or its images.
     """
-    grouped: dict[tuple[str, tuple[object, ...]], list[PreferencePair]] = {}
+    grouped: dict[tuple[object, ...], list[PreferencePair]] = {}
     for pair in pairs:
-        grouped.setdefault((pair.case_id, pair.prompt), []).append(pair)
+        grouped.setdefault((pair.case_id, pair.prompt, pair.images), []).append(pair)
     trees = []
-    for (case_id, _), members in grouped.items():
+    for members in grouped.values():
+        first = members[0]
         texts = list(dict.fromkeys(text for pair in members for text in (pair.chosen, pair.rejected)))
-        prompt_ids = encode_prompt(tokenizer, members[0].prompt)
-        answers = [encode_answer(tokenizer, text) for text in texts]
-        num_tokens = len(prompt_ids) + max(map(len, answers))
-        check_window(num_tokens, window_tokens=window_tokens, case_id=case_id)
+        answers = [encode_answer(reader.tokenizer, text) for text in texts]
+        prompt, _ = fit_prompt(
+            reader,
+            first.prompt,
+            first.images,
+            room_tokens=window_tokens - max(map(len, answers)),
+            over_long=over_long,
+            case_id=first.case_id,
+        )
         trees.append(
             PairTree(
-                case_id=case_id,
-                tree=pack_tree(prompt_ids, answers, with_prompt_edges=with_prompt_edges),
+                case_id=first.case_id,
+                tree=pack_tree(
+                    prompt.ids,
+                    answers,
+                    with_prompt_edges=with_prompt_edges,
+                    unpredicted_ids=reader.unpredicted_ids,
+                ),
                 chosen=tuple(texts.index(pair.chosen) for pair in members),
                 rejected=tuple(texts.index(pair.rejected) for pair in members),
+                images=first.images,
             )
         )
     return trees
 
 
-def collate_pairs(trees: Sequence[PairTree], *, pad_token_id: int) -> PackedPairs:
-    """A batch of `trees`, padded to the longest row."""
+def fit_prompt(
+    reader: Reader,
+    prompt: Sequence[Turn],
+    images: Sequence[bytes] = (),
+    *,
+    room_tokens: int,
+    over_long: OverLong,
+    case_id: str,
+) -> tuple[ReadPrompt, int]:
+    """`prompt` as the student reads it in at most `room_tokens` tokens, and the number of tokens cut from it.
+
+    `cut_prompt` drops the beginning of the last user turn's text, at a token's border, and reads what is left as a
+    prompt of its own: the chat template and the other turns stay whole. A prompt with images is never cut.
+
+    Raises:
+        PromptTooLong: the prompt does not fit and may not be cut, or nothing of that text would be left.
+        InvalidInput: the reader refuses the prompt or its images.
+    """
+    read = reader.read(prompt, images, case_id=case_id)
+    num_tokens = len(read.ids)
+    if num_tokens <= room_tokens:
+        return read, 0
+    wrong = f"The prompt of case {case_id} has {num_tokens} tokens; its longest answer leaves it {room_tokens} of the "
+    wrong += "student's window."
+    raise_window = "Raise student.window_tokens, or shorten the case text or the lists"
+    if over_long == "refuse":
+        raise PromptTooLong(f"{wrong} {raise_window}; alignment.over_long: cut_prompt cuts the text's beginning.")
+    if images:
+        raise PromptTooLong(f"{wrong} A prompt with images is never cut. {raise_window}.")
+    turns = list(prompt)
+    last_user = max((index for index, turn in enumerate(turns) if turn.role == "user"), default=None)
+    if last_user is not None:
+        text = turns[last_user].content
+        encoded = reader.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        starts = [start for start, _ in encoded["offset_mapping"]]
+        num_dropped = num_tokens - room_tokens
+        while num_dropped < len(starts) and (rest := text[starts[num_dropped] :]).strip():
+            turns[last_user] = Turn(role="user", content=rest)
+            read = reader.read(turns, case_id=case_id)
+            if len(read.ids) <= room_tokens:
+                return read, num_tokens - len(read.ids)
+            # What is left may be split into other tokens than before, so that there are still a few too many.
+            num_dropped += len(read.ids) - room_tokens
+    raise PromptTooLong(f"{wrong} Nothing of the last user turn would be left if it were cut to that. {raise_window}.")
+
+
+def collate_pairs(
+    trees: Sequence[PairTree], *, pad_token_id: int, reader: Reader | None = None, one_row: bool = False
+) -> PackedPairs:
+    """A batch of `trees`, padded to the longest row or, with `one_row`, behind one another in one.
+
+    The totals are those of this batch. `reader` makes the model's inputs of the trees' images; without it there must
+    be none.
+
+    Raises:
+        InvalidInput: the reader refuses an image.
+    """
     import torch
 
-    batch = collate_trees([item.tree for item in trees], pad_token_id=pad_token_id)
+    packed = [item.tree for item in trees]
+    batch = collate_trees(packed, pad_token_id=pad_token_id, one_row=one_row)
+    if reader is not None:
+        image_inputs = [reader.read_images(item.images, case_id=item.case_id) for item in trees]
+        if inputs := reader.collate_images(image_inputs, packed, batch):
+            batch["image_inputs"] = inputs
+    elif any(item.images for item in trees):
+        raise ValueError("a batch with images needs the student's reader")
     chosen_P: list[int] = []
     rejected_P: list[int] = []
     nll_weight_N: list[float] = []
@@ -106,6 +193,8 @@ def collate_pairs(trees: Sequence[PairTree], *, pad_token_id: int) -> PackedPair
         "chosen_P": torch.tensor(chosen_P),
         "rejected_P": torch.tensor(rejected_P),
         "nll_weight_N": torch.tensor(nll_weight_N),
+        "pair_total": torch.tensor(float(len(chosen_P))),
+        "nll_total": torch.tensor(sum(nll_weight_N)),
         "case_ids": [item.case_id for item in trees],
     }
 
@@ -117,17 +206,19 @@ def average_pairs(log_probability_N: "torch.Tensor", batch: PackedPairs) -> tupl
 
 
 def score_pairs(
-    model: "PreTrainedModel", trees: Sequence[PairTree], *, pad_token_id: int, batch_tokens: int
+    model: "PreTrainedModel", trees: Sequence[PairTree], *, reader: Reader, batch_tokens: int
 ) -> tuple["torch.Tensor", "torch.Tensor"]:
     """Average log-probabilities of both sides of all pairs, [P] each on the CPU, in the order of the trees."""
     import torch
 
+    pad_token_id = reader.tokenizer.pad_token_id
     scored: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     with torch.inference_mode():
         for group in group_by_length([len(item.tree.input_ids) for item in trees], max_tokens=batch_tokens):
-            batch = move_to(collate_pairs([trees[index] for index in group], pad_token_id=pad_token_id), model.device)
+            members = [trees[index] for index in group]
+            batch = move_to(collate_pairs(members, pad_token_id=pad_token_id, reader=reader), model.device)
             sides = average_pairs(predict_edges(model, batch), batch)
-            counts = [len(trees[index].chosen) for index in group]
+            counts = [len(item.chosen) for item in members]
             split = zip(group, *(side.cpu().split(counts) for side in sides), strict=True)
             scored.update({index: (chosen_P, rejected_P) for index, chosen_P, rejected_P in split})
     ordered = [scored[index] for index in range(len(trees))]

@@ -1,7 +1,7 @@
-"""What every alignment method is watched with: validation, the best adapter, early stop, checkpoints, a NaN guard.
+"""What every alignment method is watched with: validation, the best weights, early stop, checkpoints, the guard.
 
-Goes in: a `transformers.Trainer` of a PEFT model and what to validate it with. Comes out: the same trainer, watched:
-the history and the best adapter lie in a working folder. It does not know the method.
+Goes in: a `transformers.Trainer` and what to validate it with. Comes out: the same trainer, watched: the history and
+the best of the trained weights lie in a working folder. It does not know the method.
 """
 
 import dataclasses
@@ -10,21 +10,23 @@ import logging
 import math
 import pathlib
 import shutil
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
-from mint_lib.errors import RefusedData
 from mint_lib.records import Label, PreferencePair
 from mint_lib.student import rank_labels
 from mint_lib.template import Template
+from mint_lib.training.guard import Guard
 from mint_lib.training.preference_trees import grow_trees, score_pairs
+from mint_lib.training.tuning import save_tuned
 
 if TYPE_CHECKING:
     import transformers
 
+    from mint_lib.reading import Reader
+
 logger = logging.getLogger(__name__)
 _LOWER_IS_BETTER = ("loss",)
-_ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 _BATCH_TOKENS = 1024  # of one validation batch; larger ones are no faster on a CPU and cost memory
 
 
@@ -33,7 +35,7 @@ class TrainingState:
     """What a run has found out so far. It travels with the checkpoints, so a resumed run goes on with it."""
 
     history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    """One row per logged step and per validation; `kind` says which."""
+    """One row per logged step, validation and skipped step; `kind` says which."""
     best_step: int = -1
     best_value: float | None = None
     validations_without_gain: int = 0
@@ -57,15 +59,19 @@ class Validation:
         pairs: Sequence[PreferencePair],
         labels: Sequence[Label],
         template: Template,
-        tokenizer: "transformers.PreTrainedTokenizerBase",
+        reader: "Reader",
         window_tokens: int,
+        over_long: Literal["refuse", "cut_prompt"],
+        batch_tokens: int = _BATCH_TOKENS,
     ):
         first_pairs = {pair.case_id: pair for pair in reversed(pairs)}
-        self._trees = grow_trees(pairs, tokenizer, window_tokens=window_tokens)
+        self._trees = grow_trees(pairs, reader, window_tokens=window_tokens, over_long=over_long)
         self._prompts = [pair.prompt for pair in first_pairs.values()]
+        self._images = [pair.images for pair in first_pairs.values()]
         self._labels = labels
         self._template = template
-        self._tokenizer = tokenizer
+        self._reader = reader
+        self._batch_tokens = batch_tokens
         columns = {label.id: column for column, label in enumerate(labels)}
         self._teacher_columns = [columns[pair.chosen_label_ids[0]] for pair in first_pairs.values()]
 
@@ -77,12 +83,17 @@ class Validation:
         """
         import numpy
 
-        pad_token_id = self._tokenizer.pad_token_id
         was_training = model.training
         model.eval()
-        chosen_P, rejected_P = score_pairs(model, self._trees, pad_token_id=pad_token_id, batch_tokens=_BATCH_TOKENS)
+        chosen_P, rejected_P = score_pairs(model, self._trees, reader=self._reader, batch_tokens=self._batch_tokens)
         scores = rank_labels(
-            model, self._tokenizer, self._template, self._labels, self._prompts, batch_tokens=_BATCH_TOKENS
+            model,
+            self._reader,
+            self._template,
+            self._labels,
+            self._prompts,
+            images=self._images,
+            batch_tokens=self._batch_tokens,
         )
         model.train(was_training)
         targets = scores[numpy.arange(len(scores)), self._teacher_columns]
@@ -96,8 +107,8 @@ class Validation:
         }
 
 
-def draw_cases(pairs: Sequence[PreferencePair], num_cases: int, *, seed: int) -> list[PreferencePair]:
-    """All pairs of at most `num_cases` cases, which `seed` draws."""
+def draw_cases(pairs: Iterable[PreferencePair], num_cases: int, *, seed: int) -> list[PreferencePair]:
+    """All pairs of at most `num_cases` cases, which `seed` draws. `pairs` is read twice and not held."""
     import numpy
 
     case_ids = list(dict.fromkeys(pair.case_id for pair in pairs))
@@ -116,13 +127,18 @@ def watch_training(
     validate_every_steps: int,
     keep_best: str,
     patience: int,
+    on_not_finite: Literal["stop", "skip"] = "stop",
+    is_stop_asked: Callable[[], bool] = lambda: False,
     tell: Callable[[int, int, dict[str, float]], None],
-    report: Callable[[pathlib.Path], None],
-) -> None:
-    """Add validation, best adapter, early stop, progress, checkpoints and the NaN guard to `trainer`.
+    save: Callable[[int, pathlib.Path], None],
+    publish: Callable[[dict[str, float]], None] = lambda _: None,
+) -> Guard:
+    """Add validation, best weights, early stop, progress, checkpoints and the guard to `trainer`; returns the guard.
 
-    The best adapter is kept in `folder/best`, and `state` is kept up to date. `tell` is called on the first process
-    with the steps done, all steps, and figures; `report` on every process with a folder that holds a whole checkpoint.
+    The best weights are kept in `folder/best`, and `state` is kept up to date. `tell` is called on the first process
+    with the steps done, all steps, and figures; `publish` there with the figures of each logged step; `save` on every
+    process with the step and a folder of its own, which it may keep. Where `is_stop_asked`, the run ends after a
+    checkpoint, at a step without validation.
     """
     import transformers
 
@@ -136,30 +152,38 @@ def watch_training(
                 validate(control)
 
         def on_pre_optimizer_step(self, args: Any, trainer_state: Any, control: Any, **_: Any) -> None:
-            guard.check_gradients(trainer_state.global_step + 1)
+            step = trainer_state.global_step + 1
+            skipped = guard.check_step(step)
+            if skipped is not None:
+                state.history.append({"kind": "skipped", "step": step, "case_ids": skipped})
+                latest["skipped"] = guard.num_skipped
 
         def on_step_end(self, args: Any, trainer_state: Any, control: Any, **_: Any) -> None:
             step = trainer_state.global_step
             if step % validate_every_steps == 0 or step == trainer_state.max_steps:
                 validate(control)
+            elif guard.must_stop:
+                control.should_save = control.should_training_stop = True
             if trainer_state.is_world_process_zero:
                 tell(step, trainer_state.max_steps, latest)
 
         def on_log(self, args: Any, trainer_state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
             kept = {key: value for key, value in logs.items() if _is_figure(key, value)}
             if "loss" in kept:
-                latest["loss"] = kept["loss"]
+                latest.update({key: kept[key] for key in ("loss", "padding_share") if key in kept})
                 state.history.append({"kind": "train", "step": trainer_state.global_step, **kept})
+                if trainer_state.is_world_process_zero:
+                    publish({"step": trainer_state.global_step, "num_skipped": guard.num_skipped, **kept})
 
         def on_save(self, args: Any, trainer_state: Any, control: Any, **_: Any) -> None:
             checkpoint = pathlib.Path(args.output_dir) / f"checkpoint-{trainer_state.global_step}"
             if trainer_state.is_world_process_zero:
                 state.write(checkpoint)
                 shutil.copytree(folder / "best", checkpoint / "best", dirs_exist_ok=True)
-            report(checkpoint)
+            save(trainer_state.global_step, checkpoint)
 
     latest: dict[str, float] = {}
-    guard = _Guard(trainer)
+    guard = Guard(trainer, on_not_finite=on_not_finite, is_stop_asked=is_stop_asked)
 
     def validate(control: Any) -> None:
         step = trainer.state.global_step
@@ -170,78 +194,13 @@ def watch_training(
         latest.update({key: figures[key] for key in ("reward_margin", keep_best)})
         if state.best_value is None or value > state.best_value:
             state.best_value, state.best_step, state.validations_without_gain = value, step, 0
-            _save_adapter(trainer, folder / "best", base_name=base_name)
+            save_tuned(trainer, folder / "best", base_name=base_name)
         else:
             state.validations_without_gain += 1
             control.should_training_stop |= state.validations_without_gain >= patience
 
     trainer.add_callback(Watch())
-
-
-class _Guard:
-    """Stops a run at the first loss or gradient that is not a number, before it reaches the weights."""
-
-    def __init__(self, trainer: "transformers.Trainer"):
-        import torch
-
-        self._trainer = trainer
-        self._bad_case_ids: list[str] = []
-        self._recent: list[str] = []
-        self._is_bad = False
-        compute_loss = trainer.compute_loss
-
-        def guarded(model: Any, inputs: Any, *arguments: Any, **options: Any) -> Any:
-            case_ids = list(inputs.get("case_ids", []))
-            result = compute_loss(model, inputs, *arguments, **options)
-            loss = result[0] if isinstance(result, tuple) else result
-            if not bool(torch.isfinite(loss.detach())):
-                self._is_bad = True
-                self._bad_case_ids += case_ids
-            self._recent = case_ids
-            return result
-
-        trainer.compute_loss = guarded
-
-    def check_gradients(self, step: int) -> None:
-        """Raise on every process if any of them saw a value that is not finite.
-
-        Raises:
-            RefusedData: with the ids of the cases in the batch.
-        """
-        import torch
-
-        gradients = [p.grad for p in self._trainer.model.parameters() if p.grad is not None]
-        norms = torch.stack([gradient.detach().abs().max() for gradient in gradients]) if gradients else torch.zeros(1)
-        bad = torch.tensor(float(self._is_bad or not bool(torch.isfinite(norms).all())))
-        bad = self._trainer.accelerator.reduce(bad.to(self._trainer.args.device), reduction="sum")
-        if bad.item() == 0:
-            return
-        case_ids = self._bad_case_ids or self._recent
-        raise RefusedData(
-            f"Training stopped at step {step}: the loss or its gradient is not finite. The weights are as before this "
-            f"step and no version was written. Cases: {', '.join(case_ids) or 'not known to this method'}. Lower "
-            "learning_rate, or look at these cases.",
-            {"not_finite": max(1, len(case_ids))},
-            {"not_finite": case_ids},
-        )
-
-
-def _save_adapter(trainer: "transformers.Trainer", folder: pathlib.Path, *, base_name: str) -> None:
-    """The adapter as it is, in `folder`: weights and config with sorted keys, nothing that names this machine."""
-    scratch = folder.with_name("scratch")
-    trainer.save_model(str(scratch))  # a collective call: sharded weights are gathered
-    if not trainer.is_world_process_zero():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in _ADAPTER_FILES:
-        (scratch / name).replace(folder / name)
-    shutil.rmtree(scratch)
-    path = folder / "adapter_config.json"
-    config = json.loads(path.read_text())
-    # PEFT keeps the modules in a set, whose order differs from process to process.
-    config["base_model_name_or_path"] = base_name
-    config["target_modules"] = sorted(config["target_modules"])
-    path.write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
+    return guard
 
 
 def _broadcast(figures: dict[str, float]) -> dict[str, float]:

@@ -2,14 +2,21 @@
 
 import json
 import pathlib
+import tempfile
 from typing import Any
 
+import pytest
+
+from mint_lib.reading import TextReader
 from mint_lib.records import Calibration, Case, Estimate, Label, ModelCard, Reference, StageRecord
 from mint_lib.rows import case_schema
+from mint_lib.server.asking import rank_case
+from mint_lib.server.students import ServedStudent
 from mint_lib.store import Store
-from mint_lib.student import StudentConfig, student_digest
+from mint_lib.student import StudentConfig, load_tokenizer, rank_labels, student_digest
 from mint_lib.student import load_student as load_model
 from mint_lib.template import Template
+from mint_lib.training.tuning import place_tuned
 
 STUDENT = StudentConfig(model="tiny", window_tokens=1024)
 NAMES = ("Noonan syndrome 1", "Noonan syndrome 4", "Kabuki syndrome 1", "Robinow syndrome", "Costello syndrome")
@@ -46,6 +53,21 @@ def make_adapter(folders: pathlib.Path, number: int) -> pathlib.Path:
     return folder
 
 
+def make_whole(folders: pathlib.Path, number: int) -> pathlib.Path:
+    """The folder of a whole tiny student with weights of its own; another number, another student."""
+    import torch
+
+    version = folders / f"whole-{number}"
+    if not version.is_dir():
+        torch.manual_seed(number)
+        model = load_model(STUDENT)
+        for parameter in model.parameters():
+            parameter.data += 0.02 * torch.randn_like(parameter)
+        model.save_pretrained(version / "saved")
+        place_tuned(version / "saved", version, student=STUDENT)
+    return version / "weights"
+
+
 def make_record(stage: str, **inputs: str) -> StageRecord:
     return StageRecord(stage=stage, config={}, inputs=inputs, code_version="test")
 
@@ -70,7 +92,7 @@ def write_cases(store: Store, num_cases: int = 60) -> Reference:
 
 def write_model(
     store: Store,
-    adapter: pathlib.Path,
+    tuned: pathlib.Path,
     *,
     facts: dict[str, Any] | None = None,
     card: dict[str, Any] | None = None,
@@ -81,9 +103,11 @@ def write_model(
     kind: Any = "model",
 ) -> Reference:
     digest = student_digest(STUDENT)
+    is_whole = (tuned / "config.json").is_file()
+    known_facts = FACTS | {"base_digest": digest, "tuning": "full" if is_whole else "adapter"}
     with store.write(kind, "tiny") as version:
-        version.add_folder("adapter", adapter)
-        version.add_json("student.json", FACTS | {"base_digest": digest} | (facts or {}))
+        version.add_folder("weights" if is_whole else "adapter", tuned)
+        version.add_json("student.json", known_facts | (facts or {}))
         version.add_bytes("template.yaml", template)
         version.add_json("labels.json", [label.model_dump(mode="json") for label in labels])
         if kind == "model":
@@ -109,3 +133,42 @@ def write_model(
             made = Calibration(student="s", split="validation", num_cases=9, temperature=calibration, **figures)
             version.add_json("calibration.json", made.model_dump(mode="json"))
         return version.commit(make_record("registry"))
+
+
+class Blind:
+    """Sees nothing."""
+
+    def see_step(self, *, kind: str, num_rows: int, num_tokens: int) -> None: ...
+
+    def see_queue(self, *, num_queued: int, num_running: int) -> None: ...
+
+    def see_prefix_cache(self, *, num_bytes: int, num_evicted_blocks: int) -> None: ...
+
+    def see_isolation(self) -> None: ...
+
+
+def expected_scores(tuned: pathlib.Path, text: str = TEXT) -> list[float]:
+    """Of the code that training and evaluation use."""
+    model = load_model(STUDENT, tuned)
+    scores = rank_labels(model, TextReader(load_tokenizer(STUDENT)), TEMPLATE, LABELS, [TEMPLATE.prompt(text)])
+    return [float(value) for value in scores[0]]
+
+
+def scores_of(student: ServedStudent) -> list[float]:
+    return list(rank_case(student, TEXT, timeout_seconds=60).log_probabilities)
+
+
+def close_to(scores: list[float]) -> Any:
+    # float32 sums in another order: 1e-4 nats is the issue's own tolerance for rankings.
+    return pytest.approx(scores, abs=1e-4)
+
+
+def flip_bit(store: Store, reference: Reference, path: str) -> None:
+    """Damage one object behind the store's back."""
+    key = store._key(reference, path)
+    data, _ = store._s3.get(key)
+    store._s3.put(key, data[:-1] + bytes([data[-1] ^ 1]))
+
+
+def list_scratch() -> set[str]:
+    return {path.name for path in pathlib.Path(tempfile.gettempdir()).glob("mint-*")}

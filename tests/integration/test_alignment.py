@@ -12,14 +12,16 @@ import psutil
 import pyarrow.fs
 import pytest
 
-from mint_lib.alignment import AlignmentConfig, align_student
+from mint_lib.alignment import align_student
 from mint_lib.errors import InvalidInput, PromptTooLong
+from mint_lib.reading import TextReader
 from mint_lib.records import Label, PreferencePair, Reference, StageRecord
 from mint_lib.rows import pair_schema
 from mint_lib.student import StudentConfig, load_student, load_tokenizer, rank_labels, student_digest
 from mint_lib.template import Template
 from mint_lib.training import on_ray
 from mint_lib.training.adapter import LoraConfig
+from mint_lib.training.settings import AlignmentConfig
 
 TEMPLATE = Template.load("rare_disease").with_num_answers(1)
 LABELS = [Label(id=f"OMIM:{index}", name=name) for index, name in enumerate(["Noonan", "Kabuki", "Marfan"])]
@@ -121,7 +123,7 @@ def test_alignment_writes_a_student_that_others_can_use(unbroken, tmp_path):
     student = load_student(config_of().student, tmp_path / "adapter")
     pairs = make_pairs(24, 9)[::2]
     scores = rank_labels(
-        student, load_tokenizer(config_of().student), TEMPLATE, LABELS, [pair.prompt for pair in pairs]
+        student, TextReader(load_tokenizer(config_of().student)), TEMPLATE, LABELS, [pair.prompt for pair in pairs]
     )
     hits = [LABELS[best].id == pair.chosen_label_ids[0] for best, pair in zip(scores.argmax(1), pairs, strict=True)]
     assert sum(hits) / len(hits) == pytest.approx(record.metrics["best_agreement_top_1"])
@@ -130,7 +132,10 @@ def test_alignment_writes_a_student_that_others_can_use(unbroken, tmp_path):
 def test_alignment_progress_reaches_the_drivers_output(unbroken):
     told = [line for line in unbroken[3].splitlines() if "@progress" in line]
     assert all(line.startswith("@progress ") for line in told), "no line carries a worker's prefix"
-    events = [json.loads(line.removeprefix("@progress ")) for line in told]
+    all_events = [json.loads(line.removeprefix("@progress ")) for line in told]
+    notes = [event["text"] for event in all_events if event["event"] == "note"]
+    assert any("parameters" in note and "48 pairs of 24 prompts with 1 worker" in note for note in notes)
+    events = [event for event in all_events if event["event"] == "progress"]
     assert [event["done"] for event in events] == sorted(event["done"] for event in events)
     assert (events[-1]["done"], events[-1]["finished"]) == (events[-1]["total"], True)
     assert any("agreement_mrr" in event["figures"] for event in events)

@@ -10,6 +10,7 @@ import pytest
 from mint_lib.calibration import fit_temperature
 from mint_lib.errors import InvalidInput
 from mint_lib.evaluation import EvaluationConfig, evaluate_students
+from mint_lib.reading import TextReader
 from mint_lib.records import Calibration, Case, EvaluationReport, Label, Prediction, Ranking, Reference, StageRecord
 from mint_lib.rows import case_schema, ranking_schema
 from mint_lib.store import Store
@@ -74,12 +75,18 @@ def write_student(store: Store, folder: pathlib.Path, name: str, **values: Any) 
 
     torch.manual_seed(7)
     config = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
-    peft.get_peft_model(load_student(STUDENT), config).save_pretrained(str(folder / name))
+    model = peft.get_peft_model(load_student(STUDENT), config)
+    if values.get("tuning") == "full":
+        model.merge_and_unload().save_pretrained(str(folder / name))
+    else:
+        model.save_pretrained(str(folder / name))
     facts = {"student": STUDENT.model_dump(mode="json"), "method": "orpo", "base_digest": "sha256:1"}
     history = [{"kind": "validation", "step": step, "loss": 1.0, "reward_margin": 0.1} for step in (0, 5)]
     with store.write("student", name) as version:
-        for path in ("adapter_config.json", "adapter_model.safetensors"):
-            version.add_file(f"adapter/{path}", folder / name / path)
+        whole = {"config.json": "weights", "model.safetensors": "weights"}
+        for path, place in (whole | {"adapter_config.json": "adapter", "adapter_model.safetensors": "adapter"}).items():
+            if (folder / name / path).is_file():
+                version.add_file(f"{place}/{path}", folder / name / path)
         version.add_json("student.json", facts | values)
         version.add_bytes("template.yaml", TEMPLATE.data)
         version.add_json("labels.json", [label.model_dump(mode="json") for label in LABELS])
@@ -132,6 +139,20 @@ def test_evaluation_measures_all_systems_and_writes_a_whole_report(store: Store,
     assert record.metrics["teacher.top_1"] == report.systems["teacher"]["top_1"].value
 
 
+def test_evaluation_measures_a_student_of_which_all_weights_were_trained(store: Store, tmp_path: pathlib.Path) -> None:
+    students = {
+        "orpo": write_student(store, tmp_path, "orpo"),
+        "whole": write_student(store, tmp_path, "whole", tuning="full"),
+    }
+    reference = evaluate(store, students, config=make_config(config={}))
+    scores: dict[str, list[tuple[float, ...]]] = {}
+    for row in store.read_rows(reference, "predictions.parquet", Prediction):
+        scores.setdefault(row.system, []).append(row.probabilities)
+    # The same adapter, beside the base's weights and added to them: float32 sums in another order.
+    np.testing.assert_allclose(scores["whole"], scores["orpo"], atol=1e-4)
+    assert np.abs(np.array(scores["whole"]) - np.array(scores["base"])).max() > 0.01
+
+
 def test_evaluation_calibrates_the_first_run_of_the_main_student_on_validation_cases(
     store: Store, tmp_path: pathlib.Path
 ) -> None:
@@ -143,7 +164,9 @@ def test_evaluation_calibrates_the_first_run_of_the_main_student_on_validation_c
     tokenizer = load_tokenizer(STUDENT)
     model = load_student(STUDENT, tmp_path / "orpo-1")
     rows = [row for row in store.read_rows(store.resolve("cases/tiny"), "validation.parquet", Case) if row.text]
-    scores = rank_labels(model, tokenizer, TEMPLATE, LABELS, [TEMPLATE.prompt(row.text or "") for row in rows])
+    scores = rank_labels(
+        model, TextReader(tokenizer), TEMPLATE, LABELS, [TEMPLATE.prompt(row.text or "") for row in rows]
+    )
     truth = [IDS.index(str(row.label_id)) for row in rows]
     # Batches of other shapes round differently: 1e-5 nats is far below what a temperature can be known to.
     assert found.nll_before == pytest.approx(-scores[range(4), truth].mean(), abs=1e-5)

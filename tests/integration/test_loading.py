@@ -12,34 +12,35 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from stored_models import FACTS, LABELS, STUDENT, TEMPLATE, TEXT, make_adapter, make_record, write_cases, write_model
+from stored_models import (
+    FACTS,
+    LABELS,
+    STUDENT,
+    TEMPLATE,
+    TEXT,
+    Blind,
+    close_to,
+    expected_scores,
+    flip_bit,
+    list_scratch,
+    make_adapter,
+    make_record,
+    scores_of,
+    write_cases,
+    write_model,
+)
 
 from mint_lib.engine.requests import EngineLimits
 from mint_lib.errors import ComputationFailed, Draining, GateFailed, IntegrityError, InvalidInput, MintError, NotFound
 from mint_lib.records import Reference
-from mint_lib.server.asking import rank_case
 from mint_lib.server.base_files import mirror_base
 from mint_lib.server.engines import Engines
 from mint_lib.server.follow import Follower, Outcome
 from mint_lib.server.loading import LoadConfig, load_student
 from mint_lib.server.students import Lineup, ServedStudent
 from mint_lib.store import Store
-from mint_lib.student import load_student as load_model
-from mint_lib.student import load_tokenizer, rank_labels
 
 Adapters = Callable[[int], pathlib.Path]
-
-
-class Blind:
-    """Sees nothing."""
-
-    def see_step(self, *, kind: str, num_rows: int, num_tokens: int) -> None: ...
-
-    def see_queue(self, *, num_queued: int, num_running: int) -> None: ...
-
-    def see_prefix_cache(self, *, num_bytes: int, num_evicted_blocks: int) -> None: ...
-
-    def see_isolation(self) -> None: ...
 
 
 @pytest.fixture
@@ -57,33 +58,6 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> Adapters:
 
 def load(store: Store, engines: Engines, reference: Reference | str, **options: Any) -> ServedStudent:
     return load_student(store, str(reference), name="tiny", engines=engines, options=LoadConfig(**options))
-
-
-def expected_scores(adapter: pathlib.Path, text: str = TEXT) -> list[float]:
-    """Of the code that training and evaluation use."""
-    model = load_model(STUDENT, adapter)
-    scores = rank_labels(model, load_tokenizer(STUDENT), TEMPLATE, LABELS, [TEMPLATE.prompt(text)])
-    return [float(value) for value in scores[0]]
-
-
-def scores_of(student: ServedStudent) -> list[float]:
-    return list(rank_case(student, TEXT, timeout_seconds=60).log_probabilities)
-
-
-def close_to(scores: list[float]) -> Any:
-    # float32 sums in another order: 1e-4 nats is the issue's own tolerance for rankings.
-    return pytest.approx(scores, abs=1e-4)
-
-
-def flip_bit(store: Store, reference: Reference, path: str) -> None:
-    """Damage one object behind the store's back."""
-    key = store._key(reference, path)
-    data, _ = store._s3.get(key)
-    store._s3.put(key, data[:-1] + bytes([data[-1] ^ 1]))
-
-
-def list_scratch() -> set[str]:
-    return {path.name for path in pathlib.Path(tempfile.gettempdir()).glob("mint-*")}
 
 
 def test_loaded_model_answers_as_it_did_in_training(store: Store, engines: Engines, adapters: Adapters) -> None:

@@ -32,13 +32,16 @@ def server() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def expected() -> dict[str, float]:
     """Probability of each label id for TEXT, by the training side's own ranking."""
+    from mint_lib.reading import TextReader
     from mint_lib.student import StudentConfig, load_student, load_tokenizer, rank_labels
     from mint_lib.template import Template
 
     config = StudentConfig(model="tiny")
     template = Template.load("rare_disease_brief").with_num_answers(3)
     labels = serving_process.LABELS
-    scores = rank_labels(load_student(config), load_tokenizer(config), template, labels, [template.prompt(TEXT)])
+    scores = rank_labels(
+        load_student(config), TextReader(load_tokenizer(config)), template, labels, [template.prompt(TEXT)]
+    )
     return {label.id: math.exp(score) for label, score in zip(labels, scores[0], strict=True)}
 
 

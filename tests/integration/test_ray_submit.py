@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 import psutil
 import pytest
 
-from mint_lib.alignment import AlignmentConfig
 from mint_lib.cluster import ClusterConfig, Images
 from mint_lib.placement import RayWorkers, StepOnCluster
 from mint_lib.ray_job import render_ray_job
@@ -30,6 +29,7 @@ from mint_lib.records import Reference
 from mint_lib.stages import output_key, run_stage
 from mint_lib.storage.settings import S3Settings
 from mint_lib.store import Store
+from mint_lib.training.settings import AlignmentConfig
 
 PROJECT = Path(__file__).parents[2]
 RECIPE = load_recipe(Path(__file__).parent / "recipes" / "tiny.yaml")

@@ -8,20 +8,19 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_preferences import TINY, make_pair
+from tiny_training import build_tiny_trainer
 
-from mint_lib.alignment_methods.simpo import Simpo
 from mint_lib.engine.adapters import Adapters
 from mint_lib.engine.forward import ForwardPass, Segment
 from mint_lib.engine.key_values import KeyValues
 from mint_lib.errors import InvalidInput
-from mint_lib.records import PreferencePair, Turn
 from mint_lib.server.safe_adapter import check_adapter
 from mint_lib.server.safe_files import check_safetensors
-from mint_lib.student import StudentConfig, load_student, load_tokenizer
+from mint_lib.student import load_reader, load_student
 from mint_lib.student_weights import fetch_student_folder
 from mint_lib.training.adapter import LoraConfig, add_adapter
 
-TINY = StudentConfig(model="tiny")
 RANK, ALPHA = 4, 12.0
 TOKENS = (5, 6, 7, 8, 9)
 # Logits of the tiny student are of the order of 1, and float32 sums are made in another order.
@@ -54,32 +53,10 @@ def hash_frozen(model):
 
 def train(option, folder):
     torch.manual_seed(1)
-    tokenizer = load_tokenizer(TINY)
     model = add_adapter(load_student(TINY), OPTIONS[option])
-    pairs = [
-        PreferencePair(
-            case_id="case-1",
-            prompt=(Turn(role="user", content="Boy with tall stature."),),
-            chosen="Marfan",
-            rejected="Noonan",
-            chosen_label_ids=("A:1",),
-            rejected_label_ids=("A:2",),
-            teacher_digest="sha256:0",
-            template_digest="sha256:0",
-            policy="test",
-        )
-    ]
-    arguments = {
-        "output_dir": str(folder / "trainer"),
-        "max_steps": 5,
-        "learning_rate": 3e-2,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "use_cpu": True,
-    }
-    method = Simpo(Simpo.Config(), tokenizer=tokenizer, window_tokens=512)
-    trainer = method.build_trainer(model, pairs=pairs, arguments=arguments)
+    pairs = [make_pair("case-1", "Boy with tall stature.", "Marfan", "Noonan")]
+    options = {"method": "simpo", "max_steps": 5, "learning_rate": 3e-2}
+    trainer = build_tiny_trainer(model, pairs, folder, reader=load_reader(TINY), **options)
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     frozen = hash_frozen(model)
     trainer.train()
@@ -139,6 +116,34 @@ def test_adapter_trains_as_many_parameters_as_its_definition_says(option, caplog
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == NUM_TRAINABLE[option]
     (record,) = caplog.records
     assert record.args == (NUM_TRAINABLE[option], sum(p.numel() for p in model.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("values", "adapted"),
+    [
+        ({"target_modules": ("q_proj",)}, {"model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"}),
+        ({"target_modules": ("mlp.up_proj",), "last_layers": 1}, {"model.layers.1.mlp.up_proj"}),
+        (
+            {"target_modules": ("1.mlp.up_proj", "o_proj"), "last_layers": 1},
+            {"model.layers.1.mlp.up_proj", "model.layers.1.self_attn.o_proj"},
+        ),
+    ],
+)
+def test_adapter_of_named_layers_adapts_these_only(values, adapted):
+    model = add_adapter(load_student(TINY), LoraConfig(rank=2, **values))
+    names = {name.partition(".lora_")[0] for name, p in model.named_parameters() if p.requires_grad}
+    assert names == {f"base_model.model.{name}" for name in adapted}
+
+
+@pytest.mark.parametrize("name", ["lm_head", "embed_tokens", "proj", "0.mlp.up_proj"])
+def test_adapter_of_a_name_that_is_no_adapted_layer_is_refused(name):
+    with pytest.raises(InvalidInput, match=rf"names {name}, which is no linear layer.*They have down_proj, gate_proj"):
+        add_adapter(load_student(TINY), LoraConfig(target_modules=("q_proj", name), last_layers=1))
+
+
+def test_adapter_of_more_layers_than_there_are_is_refused():
+    with pytest.raises(InvalidInput, match="last_layers is 3, but the student has 2 layers"):
+        add_adapter(load_student(TINY), LoraConfig(last_layers=3))
 
 
 @pytest.mark.parametrize("option", OPTIONS)

@@ -23,7 +23,7 @@ from mint_lib.engine.requests import (
 )
 from mint_lib.engine.scheduler import Engine
 from mint_lib.errors import ComputationFailed, DeadlineExceeded, Draining, InvalidInput, Overloaded
-from mint_lib.reading import encode_prompt
+from mint_lib.reading import TextReader, encode_prompt
 from mint_lib.records import Label
 from mint_lib.student import StudentConfig, load_student, load_tokenizer, rank_labels
 from mint_lib.template import Template
@@ -317,7 +317,7 @@ def test_engine_ranking_equals_the_students_own_alone_and_while_others_answer(
 ):
     texts = ["Boy.", "Girl, 3 years, with seizures and a webbed neck.", "Man."]
     turns = [TEMPLATE.prompt(text) for text in texts]
-    expected = rank_labels(own_model, tokenizer, TEMPLATE, LABELS, turns)
+    expected = rank_labels(own_model, TextReader(tokenizer), TEMPLATE, LABELS, turns)
     prompts = [encode_prompt(tokenizer, prompt) for prompt in turns]
     engine = make_engine(step_tokens=step_tokens)
     for is_busy in (False, True):
@@ -336,7 +336,7 @@ def test_engine_ranking_in_several_waves_finds_the_same_leaders(make_engine, own
     names = sorted({f"{draw.choice(NAMES)} {draw.randrange(10**6)}" for _ in range(150)})
     labels = [Label(id=f"OMIM:{index}", name=name) for index, name in enumerate(names)]
     turns = TEMPLATE.prompt("Boy with seizures.")
-    expected = rank_labels(own_model, tokenizer, TEMPLATE, labels, [turns])[0]
+    expected = rank_labels(own_model, TextReader(tokenizer), TEMPLATE, labels, [turns])[0]
     trie = LabelTrie.build(tokenizer, TEMPLATE, labels)
     engine = make_engine(exact_trie_tokens=16, bounded_label_tokens=100_000)
     request = rank(trie, encode_prompt(tokenizer, turns), num_proven=3)
@@ -366,7 +366,7 @@ def test_engine_adapters_mixed_in_a_batch_answer_as_each_alone(make_engine, adap
     for seed, (key, client) in enumerate(zip(keys, answers, strict=True)):
         assert client.answer() == own_answer(models[key], draw_prompt(seed, 20))
     for key, client in zip(keys, rankings, strict=True):
-        expected = rank_labels(models[key], tokenizer, TEMPLATE, LABELS, [turns])[0]
+        expected = rank_labels(models[key], TextReader(tokenizer), TEMPLATE, LABELS, [turns])[0]
         assert client.answer().log_probabilities == pytest.approx(expected, abs=RANKING_ROUNDING)
 
 
@@ -377,7 +377,7 @@ def test_engine_int8_base_under_an_adapter_ranks_as_the_same_model_does(make_eng
     engine = make_engine(model=base)
     engine.add_adapter("one", adapters["one"])
     turns = TEMPLATE.prompt("Boy.")
-    expected = rank_labels(own, tokenizer, TEMPLATE, LABELS, [turns])[0]
+    expected = rank_labels(own, TextReader(tokenizer), TEMPLATE, LABELS, [turns])[0]
     others = [Client(engine, generate(draw_prompt(seed, 9), max_new_tokens=40)) for seed in range(3)]
     ranked = Client(engine, rank(trie, encode_prompt(tokenizer, turns), adapter="one")).answer()
     # A difference in the last bit can move an input to the next of 127 levels, here and there.

@@ -365,3 +365,11 @@ def test_vllm_with_a_base_that_is_not_a_pinned_hub_model_is_refused(student: Stu
 def test_vllm_with_an_adapter_of_too_high_a_rank_is_refused() -> None:
     with pytest.raises(InvalidInput, match="257"):
         render_vllm(REFERENCE, cluster=CLUSTER, student=HUB_STUDENT, lora_rank=257)
+
+
+def test_vllm_serves_a_student_of_which_all_weights_were_trained_by_its_own_uri() -> None:
+    manifest = render_vllm(REFERENCE, cluster=CLUSTER, student=StudentConfig(model="tiny"), lora_rank=None)
+    assert manifest["spec"]["model"] == {
+        "uri": "s3://models/team/a/model/quickstart/v000003/weights",
+        "name": "quickstart",
+    }

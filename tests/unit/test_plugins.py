@@ -1,12 +1,12 @@
 import pytest
 from pydantic import BaseModel
 
-from mint_lib.alignment import AlignmentMethod
 from mint_lib.data import DataSource
 from mint_lib.errors import RecipeError
 from mint_lib.evaluation import EvaluationTask
 from mint_lib.plugins import list_plugins, load_plugin, parse_plugin_config
 from mint_lib.teacher import Teacher
+from mint_lib.training.method import AlignmentMethod
 
 FOLDERS = {
     "data_sources": DataSource,

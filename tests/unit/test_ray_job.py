@@ -13,7 +13,6 @@ import crd_schema
 import pytest
 
 from mint_lib.__main__ import main
-from mint_lib.alignment import AlignmentConfig
 from mint_lib.cluster import ClusterConfig, Images, RayOnCluster, Toleration
 from mint_lib.errors import InvalidInput, MintError
 from mint_lib.placement import RayWorkers, StepOnCluster
@@ -22,6 +21,7 @@ from mint_lib.stages import STAGES, group_words
 from mint_lib.storage.settings import S3Settings
 from mint_lib.student import StudentConfig
 from mint_lib.teacher import TeacherConfig
+from mint_lib.training.settings import AlignmentConfig
 
 IMAGE = "registry.example.org:5000/mint/train@sha256:" + "ef" * 32
 STORE = S3Settings(endpoint_url="https://s3.example.org", bucket="models", prefix="team/a")

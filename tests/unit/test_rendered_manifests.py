@@ -17,7 +17,6 @@ from manifests.pod_rules import DIGEST, find_pod_faults
 from manifests.pod_security import find_restricted_violations
 from manifests.steps import find_step_faults
 
-from mint_lib.alignment import AlignmentConfig
 from mint_lib.cluster import ClusterConfig, GpuConfig, RayOnCluster, ServingOnCluster, Toleration
 from mint_lib.inference_service import render_inference_service, render_vllm
 from mint_lib.placement import RayWorkers, StepOnCluster
@@ -25,6 +24,7 @@ from mint_lib.ray_job import render_ray_job
 from mint_lib.recipe import load_recipe
 from mint_lib.records import Reference
 from mint_lib.student import StudentConfig
+from mint_lib.training.settings import AlignmentConfig
 from pipelines.mint import build_pipeline
 
 ROOT = Path(__file__).parents[2]

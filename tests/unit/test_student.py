@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from mint_lib import student_weights
 from mint_lib.errors import InvalidInput, PromptTooLong
+from mint_lib.reading import TextReader
 from mint_lib.records import Label, Turn
 from mint_lib.student import (
     StudentConfig,
@@ -69,7 +70,7 @@ def test_student_long_prompt_is_refused_with_counts_and_case_id(tokenizer):
 def test_student_ranking_equals_full_rows(model, tokenizer, num_answers):
     template = Template.load("rare_disease").with_num_answers(num_answers)
     prompts = prompts_of(template)
-    scores = rank_labels(model, tokenizer, template, LABELS, prompts)
+    scores = rank_labels(model, TextReader(tokenizer), template, LABELS, prompts)
     expected = numpy.zeros_like(scores)
     for row, prompt in enumerate(prompts):
         for column, answer in enumerate(encode_first_items(tokenizer, template, LABELS)):
@@ -85,8 +86,8 @@ def test_student_ranking_equals_full_rows(model, tokenizer, num_answers):
 def test_student_ranking_does_not_depend_on_the_batch(model, tokenizer):
     template = Template.load("rare_disease")
     prompts = prompts_of(template)
-    together = rank_labels(model, tokenizer, template, LABELS, prompts)
-    alone = rank_labels(model, tokenizer, template, LABELS, prompts, batch_tokens=1)
+    together = rank_labels(model, TextReader(tokenizer), template, LABELS, prompts)
+    alone = rank_labels(model, TextReader(tokenizer), template, LABELS, prompts, batch_tokens=1)
     numpy.testing.assert_allclose(together, alone, atol=1e-4)
     numpy.testing.assert_allclose(numpy.exp(together).sum(axis=1), 1.0, atol=1e-9)
 

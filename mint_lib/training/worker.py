@@ -1,0 +1,296 @@
+"""One worker's whole training, as Ray Train runs it: from the store's pairs to the checkpoint that holds the result.
+
+Goes in: an `AlignmentConfig`, its method, the store and a version of `preferences`. Comes out: a last checkpoint with
+`outcome.json` and the best weights. It goes on from the newest whole checkpoint of its run, if there is one.
+"""
+
+import json
+import pathlib
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from mint_lib.attention import check_attention_window, choose_attention
+from mint_lib.errors import IntegrityError, Interrupted, InvalidInput, MintError
+from mint_lib.plugins import parse_plugin_config
+from mint_lib.records import Label, PreferencePair, Reference
+from mint_lib.student import load_reader, load_student, student_digest
+from mint_lib.template import Template
+from mint_lib.training.checkpoint_writer import CheckpointWriter
+from mint_lib.training.checkpoints import Checkpoint, RunCheckpoints
+from mint_lib.training.deepspeed import render_deepspeed
+from mint_lib.training.frozen_layers import cache_frozen_layers
+from mint_lib.training.method import AlignmentMethod
+from mint_lib.training.on_ray import Driver
+from mint_lib.training.run_metrics import RunMetrics
+from mint_lib.training.settings import AlignmentConfig
+from mint_lib.training.setup import TrainingSetup
+from mint_lib.training.tree_file import TreeFile, write_trees
+from mint_lib.training.tuning import Tuned, hash_frozen, place_tuned, prepare_tuning
+from mint_lib.training.watch import TrainingState, Validation, draw_cases, watch_training
+
+if TYPE_CHECKING:
+    from mint_lib.reading import Reader
+    from mint_lib.store import Store
+
+_LOGS_PER_VALIDATION = 5
+OUTCOME = "outcome.json"
+"""Only the checkpoint of a finished run holds it."""
+
+
+class PairStream:
+    """The pairs of one file of a version, read anew each time; they are counted, not held."""
+
+    def __init__(self, store: "Store", preferences: Reference, path: str):
+        self._store = store
+        self._preferences = preferences
+        self._path = path
+
+    def __iter__(self) -> Iterator[PreferencePair]:
+        """Every pair in the order of the file.
+
+        Raises:
+            InvalidInput: there is none.
+        """
+        is_empty = True
+        for pair in self._store.iterate_rows(self._preferences, self._path, PreferencePair):
+            is_empty = False
+            yield pair
+        if is_empty:
+            raise InvalidInput(
+                f"{self._preferences} has no pair in {self._path}; training and validation need at least one each. "
+                "Give it more cases, or lower preferences.confidence_floor."
+            )
+
+
+def train_on_worker(payload: dict[str, Any]) -> None:
+    """Train; an error that a new attempt would meet again goes to the driver and ends the run."""
+    try:
+        with tempfile.TemporaryDirectory(prefix="mint-training-") as scratch:
+            _train(payload, pathlib.Path(scratch))
+    except MintError as error:
+        payload["driver"].fail(error)
+
+
+def _train(payload: dict[str, Any], folder: pathlib.Path) -> None:
+    import ray.train
+    import torch
+    import transformers
+
+    config: AlignmentConfig = payload["config"]
+    store, preferences = payload["store"], Reference.parse(payload["preferences"])
+    driver: Driver = payload["driver"]
+    context = ray.train.get_context()
+    rank, num_workers = context.get_world_rank(), context.get_world_size()
+    if not config.use_gpu:
+        torch.set_num_threads(config.cpus_per_worker)
+    transformers.utils.logging.set_verbosity_error()
+    started = folder / "started"
+    attempt, resumed = agree_on_start(store, payload["run_id"], started, rank=rank)
+    if resumed and (started / OUTCOME).is_file():
+        return  # it had finished, and the driver died before it took the result
+    transformers.set_seed(config.seed)
+    reader = load_reader(config.student)
+    trees = write_trees(
+        PairStream(store, preferences, "train.parquet"),
+        folder / "trees.arrow",
+        reader=reader,
+        window_tokens=config.student.window_tokens,
+        over_long=config.student.over_long,
+    )
+    validation_pairs = draw_cases(
+        PairStream(store, preferences, "validation.parquet"), config.validation_cases, seed=config.seed
+    )
+    validation = Validation(
+        pairs=validation_pairs,
+        labels=[Label.model_validate(label) for label in store.read_json(preferences, "labels.json")],
+        template=Template.from_bytes(store.read_bytes(preferences, "template.yaml")),
+        reader=reader,
+        window_tokens=config.student.window_tokens,
+        over_long=config.student.over_long,
+    )
+    tuned = _prepare_student(config, payload["method"])
+    frozen = hash_frozen(tuned.model) if rank == 0 else ""
+    trainer = _build_trainer(config, payload["method"], tuned, trees, reader, folder, rank, num_workers)
+    if config.frozen_layers == "cache" and config.lora.last_layers is not None:
+        cache_frozen_layers(
+            trainer,
+            last_layers=config.lora.last_layers,
+            pad_token_id=reader.tokenizer.pad_token_id,
+            tell=lambda done, total: driver.tell(done, total, {}, activity="frozen layers"),
+        )
+    state = TrainingState()
+    if resumed:
+        state = TrainingState.read(started)
+        shutil.copytree(started / "best", folder / "best")
+    metrics = RunMetrics(config.name)
+    with CheckpointWriter(store, payload["run_id"], attempt=attempt, rank=rank, num_ranks=num_workers) as writer:
+        guard = watch_training(
+            trainer,
+            validation=validation,
+            state=state,
+            folder=folder,
+            validate_every_steps=config.validate_every_steps,
+            base_name=config.student.model,
+            keep_best=config.keep_best,
+            patience=config.early_stop_patience,
+            on_not_finite=config.on_not_finite,
+            is_stop_asked=driver.watch_for_stop() if rank == 0 else lambda: False,
+            tell=driver.tell,
+            save=writer.save,
+            publish=lambda figures: metrics.publish(figures | {"num_failed_checkpoints": writer.num_failed}),
+        )
+        if rank == 0:
+            metrics.publish({"num_cut_prompts": trees.num_cut_prompts})
+            driver.say(describe_start(config, tuned, trees, num_workers=num_workers, resumed=resumed))
+        trainer.train(resume_from_checkpoint=str(started) if resumed else None)
+        if guard.must_stop and trainer.state.global_step < trainer.state.max_steps:
+            writer.close()
+            raise Interrupted(
+                f"Training was told to stop and did so after step {trainer.state.global_step} of "
+                f"{trainer.state.max_steps}; a checkpoint is in the store. Run the same command again to go on."
+            )
+        result = folder / "result"
+        result.mkdir()
+        if rank == 0:
+            if hash_frozen(tuned.model) != frozen:
+                raise IntegrityError("weights that are not to be trained have changed; no version was written")
+            place_tuned(folder / "best", result, student=config.student)
+            outcome = {
+                "history": state.history,
+                "best_step": state.best_step,
+                "base_digest": student_digest(config.student),
+                "counts": _count(trees, validation_pairs, tuned, trainer, state),
+            }
+            (result / OUTCOME).write_text(json.dumps(outcome, sort_keys=True))
+            driver.tell(trainer.state.max_steps, trainer.state.max_steps, {})
+            if writer.num_failed:
+                driver.say(f"{writer.num_failed} checkpoints could not be written to the store; the result is whole")
+        writer.save(trainer.state.max_steps + 1, result, wait=True)
+
+
+def agree_on_start(store: "Store", run_id: str, folder: pathlib.Path, *, rank: int) -> tuple[str, Checkpoint | None]:
+    """A random word for this attempt, and the checkpoint that all workers go on from, restored to `folder`."""
+    import torch.distributed
+
+    checkpoints = RunCheckpoints(store, run_id)
+    found: list[Any] = [secrets.token_hex(8), checkpoints.restore(folder) if rank == 0 else None]
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(found, src=0)
+    attempt, checkpoint = found
+    if rank and checkpoint:
+        checkpoints.download(checkpoint, folder)
+    return attempt, checkpoint
+
+
+def _prepare_student(config: AlignmentConfig, method: type[AlignmentMethod]) -> Tuned:
+    """The student, ready to be trained."""
+    quantization_config = None
+    if config.quantisation == "nf4":
+        from mint_lib.training.quantised import quantisation_config
+
+        quantization_config = quantisation_config(config.student.dtype)
+    can_flex = config.use_gpu and method.splits_by_tokens and config.student.reads == "text"
+    model = load_student(
+        config.student,
+        attention=choose_attention(config.attention, use_gpu=can_flex),
+        quantization_config=quantization_config,
+    )
+    if method.splits_by_tokens:
+        check_attention_window(model.config, config.student.window_tokens)
+    return prepare_tuning(model, tuning=config.tuning, lora=config.lora)
+
+
+def _build_trainer(
+    config: AlignmentConfig,
+    method: type[AlignmentMethod],
+    tuned: Tuned,
+    trees: TreeFile,
+    reader: "Reader",
+    folder: pathlib.Path,
+    rank: int,
+    num_workers: int,
+) -> Any:
+    setup = TrainingSetup(
+        arguments=trainer_arguments(config, folder / "trainer", num_workers=num_workers),
+        scratch=folder,
+        trees_per_batch=config.trees_per_batch,
+        batch_tokens=config.batch_tokens,
+        seed=config.seed,
+        rank=rank,
+        num_workers=num_workers,
+    )
+    method_config = parse_plugin_config(method, config.method_config, where="alignment.method_config")
+    return method(method_config, reader=reader).build_trainer(tuned.model, trees=trees, setup=setup)
+
+
+def describe_start(
+    config: AlignmentConfig, tuned: Tuned, trees: TreeFile, *, num_workers: int, resumed: Checkpoint | None
+) -> str:
+    """One sentence for the person who started the run."""
+    share = 100 * tuned.num_trained / tuned.num_parameters
+    text = (
+        f"trains {tuned.num_trained:,} of {tuned.num_parameters:,} parameters ({share:.2g} %) on {trees.num_pairs:,} "
+        f"pairs of {len(trees):,} prompts with {num_workers} worker{'s' if num_workers > 1 else ''}"
+    )
+    if trees.num_cut_prompts:
+        text += f"; {trees.num_cut_prompts} prompts were too long and lost {trees.num_cut_tokens} tokens"
+    return text + (f"; goes on from step {resumed.step}" if resumed else "")
+
+
+def _count(
+    trees: TreeFile,
+    validation_pairs: list[PreferencePair],
+    tuned: Tuned,
+    trainer: Any,
+    state: TrainingState,
+) -> dict[str, int]:
+    """The counts of the student's record. They are the same however often the run was interrupted."""
+    return {
+        "num_train_pairs": trees.num_pairs,
+        "num_train_cases": trees.num_cases,
+        "num_validation_pairs": len(validation_pairs),
+        "num_validation_cases": len({pair.case_id for pair in validation_pairs}),
+        "num_cut_prompts": trees.num_cut_prompts,
+        "num_cut_tokens": trees.num_cut_tokens,
+        "num_steps": trainer.state.global_step,
+        "num_skipped_steps": sum(row["kind"] == "skipped" for row in state.history),
+        "num_trainable_parameters": tuned.num_trained,
+    }
+
+
+def trainer_arguments(config: AlignmentConfig, folder: pathlib.Path, *, num_workers: int) -> dict[str, Any]:
+    """The `transformers.TrainingArguments` that every method shares."""
+    arguments: dict[str, Any] = {
+        "output_dir": str(folder),
+        "num_train_epochs": config.epochs,
+        "per_device_train_batch_size": max(1, config.trees_per_batch // (num_workers * config.accumulation_steps)),
+        "gradient_accumulation_steps": config.accumulation_steps,
+        "gradient_checkpointing": config.activations == "recompute",
+        "learning_rate": config.learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": config.warmup_share,
+        "max_grad_norm": config.max_gradient_norm,
+        "weight_decay": config.weight_decay,
+        "seed": config.seed,
+        "data_seed": config.seed,
+        "eval_strategy": "no",
+        "save_strategy": "steps",
+        "save_steps": config.checkpoint_every_steps,
+        "logging_steps": max(1, config.validate_every_steps // _LOGS_PER_VALIDATION),
+        "logging_nan_inf_filter": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "log_level": "error",
+        "use_cpu": not config.use_gpu,
+        "bf16": config.use_gpu and config.student.dtype == "bfloat16",
+        "dataloader_pin_memory": config.use_gpu,
+        "ddp_find_unused_parameters": False,
+    }
+    if config.activations == "recompute":
+        arguments["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
+    if config.deepspeed is not None:
+        arguments["deepspeed"] = render_deepspeed(config.deepspeed, use_gpu=config.use_gpu, dtype=config.student.dtype)
+    return arguments
