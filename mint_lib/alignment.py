@@ -20,7 +20,7 @@ from mint_lib.training.method import AlignmentMethod
 from mint_lib.training.on_ray import WorkerResources, train_on_ray
 from mint_lib.training.settings import AlignmentConfig
 from mint_lib.training.tuning import FOLDERS
-from mint_lib.training.worker import train_on_worker
+from mint_lib.training.worker import OUTCOME, train_on_worker
 
 if TYPE_CHECKING:
     from mint_lib.store import Store
@@ -58,6 +58,7 @@ def align_student(config: AlignmentConfig, *, store: "Store", preferences: Refer
             run_id=f"alignment-{hashlib.sha256(key.encode()).hexdigest()[:24]}",
             description=f"alignment: {config.name}",
             target=pathlib.Path(scratch) / "result",
+            result_file=OUTCOME,
         )
         return _write_student(config, store, preferences, folder)
 
@@ -85,7 +86,7 @@ def check_method(config: AlignmentConfig, method: type[AlignmentMethod]) -> None
 
 def _write_student(config: AlignmentConfig, store: "Store", preferences: Reference, folder: pathlib.Path) -> Reference:
     """Commit what the workers left in `folder`."""
-    outcome = json.loads((folder / "outcome.json").read_text())
+    outcome = json.loads((folder / OUTCOME).read_text())
     history, counts = outcome["history"], outcome["counts"]
     validations = [row for row in history if row["kind"] == "validation"]
     best = next(row for row in validations if row["step"] == outcome["best_step"])

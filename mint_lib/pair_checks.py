@@ -43,8 +43,13 @@ class PairChecker:
     """
 
     def __init__(
-        self, tokenizer: "PreTrainedTokenizerBase", template: Template, labels: Sequence[Label], window_tokens: int
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        template: Template,
+        labels: Sequence[Label],
+        window_tokens: int | None,
     ):
+        """Check for a student that reads `window_tokens`; None where prompts that are longer will be cut."""
         self._tokenizer = tokenizer
         self._template = template
         self._window_tokens = window_tokens
@@ -75,7 +80,8 @@ class PairChecker:
             return "control_tokens_in_text"
         chosen, num_chosen = self._answer(preference.chosen)
         rejected, num_rejected = self._answer(preference.rejected)
-        if len(prompt_ids) + max(num_chosen, num_rejected) > self._window_tokens:
+        num_tokens = len(prompt_ids) + max(num_chosen, num_rejected)
+        if self._window_tokens is not None and num_tokens > self._window_tokens:
             return "longer_than_window"
         pair = PreferencePair(
             case_id=case.case_id,

@@ -95,7 +95,9 @@ def build_pairs(config: PreferencesConfig, *, store: "Store", cases: Reference, 
     labels = TypeAdapter(list[Label]).validate_python(store.read_json(cases, "labels.json"))
     template = Template.load(config.template).with_num_answers(config.top_k)
     check_label_set(labels, config)
-    checker = PairChecker(load_tokenizer(config.student), template, labels, config.student.window_tokens)
+    student = config.student
+    window_tokens = student.window_tokens if student.over_long == "refuse" else None
+    checker = PairChecker(load_tokenizer(student), template, labels, window_tokens)
     pairs: dict[Split, list[PreferencePair]] = {}
     checks: dict[str, Any] = {}
     for split in _PAIRED_SPLITS:

@@ -6,7 +6,7 @@ evaluation and serving all read through here, so that a student is asked as it w
 
 import abc
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from mint_lib.errors import InvalidInput, PromptTooLong
 from mint_lib.packing import PackedTrees, Tree
@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+OverLong = Literal["refuse", "cut_prompt"]
+"""What becomes of a prompt that does not fit the student's window beside its longest answer."""
+
+
 class ReadPrompt(NamedTuple):
     """A prompt as the student reads it."""
 
@@ -24,6 +28,15 @@ class ReadPrompt(NamedTuple):
     """Token ids, the places of its images among them."""
     image_inputs: "Mapping[str, torch.Tensor] | None" = None
     """What its images became, by the name of the model's argument, before they are put into a batch."""
+
+
+class FittedPrompt(NamedTuple):
+    """A prompt that fits."""
+
+    read: ReadPrompt
+    turns: tuple[Turn, ...]
+    """What is left of its turns."""
+    num_cut_tokens: int
 
 
 class Reader(abc.ABC):
@@ -97,6 +110,52 @@ def encode_prompt(
             f"{window_tokens}. Raise student.window_tokens or shorten the case text."
         )
     return ids
+
+
+def fit_prompt(
+    reader: Reader,
+    prompt: Sequence[Turn],
+    images: Sequence[bytes] = (),
+    *,
+    room_tokens: int,
+    over_long: OverLong,
+    case_id: str,
+) -> FittedPrompt:
+    """`prompt` as the student reads it in at most `room_tokens` tokens.
+
+    `cut_prompt` drops the beginning of the last user turn's text, at a token's border, and reads what is left as a
+    prompt of its own: the chat template and the other turns stay whole. A prompt with images is never cut.
+
+    Raises:
+        PromptTooLong: the prompt does not fit and may not be cut, or nothing of that text would be left.
+        InvalidInput: the reader refuses the prompt or its images.
+    """
+    read = reader.read(prompt, images, case_id=case_id)
+    num_tokens = len(read.ids)
+    if num_tokens <= room_tokens:
+        return FittedPrompt(read, tuple(prompt), 0)
+    wrong = f"The prompt of case {case_id} has {num_tokens} tokens; its longest answer leaves it {room_tokens} of the "
+    wrong += "student's window."
+    raise_window = "Raise student.window_tokens, or shorten the case text or the lists"
+    if over_long == "refuse":
+        raise PromptTooLong(f"{wrong} {raise_window}; student.over_long: cut_prompt cuts the text's beginning.")
+    if images:
+        raise PromptTooLong(f"{wrong} A prompt with images is never cut. {raise_window}.")
+    turns = list(prompt)
+    last_user = max((index for index, turn in enumerate(turns) if turn.role == "user"), default=None)
+    if last_user is not None:
+        text = turns[last_user].content
+        encoded = reader.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        starts = [start for start, _ in encoded["offset_mapping"]]
+        num_dropped = num_tokens - room_tokens
+        while num_dropped < len(starts) and (rest := text[starts[num_dropped] :]).strip():
+            turns[last_user] = Turn(role="user", content=rest)
+            read = reader.read(turns, case_id=case_id)
+            if len(read.ids) <= room_tokens:
+                return FittedPrompt(read, tuple(turns), num_tokens - len(read.ids))
+            # What is left may be split into other tokens than before, so that there are still a few too many.
+            num_dropped += len(read.ids) - room_tokens
+    raise PromptTooLong(f"{wrong} Nothing of the last user turn would be left if it were cut to that. {raise_window}.")
 
 
 def check_window(num_tokens: int, *, window_tokens: int, case_id: str) -> None:

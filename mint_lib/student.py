@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from mint_lib.errors import InvalidInput
 from mint_lib.packing import collate_trees, group_by_length, move_to, pack_tree, predict_edges, sum_answers
-from mint_lib.reading import Reader, TextReader, encode_prompt, end_of_turn_id
+from mint_lib.reading import OverLong, Reader, TextReader, encode_prompt, end_of_turn_id
 from mint_lib.records import Label, Turn
 from mint_lib.student_weights import digest_student_files, fetch_student_folder, hash_file, list_student_files
 
@@ -49,7 +49,7 @@ class StudentConfig(BaseModel):
     """Precision of the base weights. bfloat16 is for accelerators: on CPUs without AMX it is several times slower."""
     reads: Literal["text", "image"] = "text"
     """What its prompts hold: text only, or images and text (any image-text-to-text model of a known family)."""
-    over_long: Literal["refuse", "cut_prompt"] = "refuse"
+    over_long: OverLong = "refuse"
     """What becomes of a prompt that does not fit the window with its longest answer: the set is refused, or the last
     user turn loses its first words, which is counted. An answer and an image are never cut."""
 

@@ -227,10 +227,9 @@ def _image_terms(student: Architecture, setting: Setting, trained: TrainedParts)
     if student.num_cross_layers:
         copies = 2 * student.hidden + 2 * student.query
         seen = patches / trees * setting.num_places
-        kept = student.num_cross_layers * width * (patches * copies + seen)
-        yield Term(
-            "image features", kept, f"{student.num_cross_layers} layers x {patches:,.0f} features and their mask"
-        )
+        num_layers = 1 if setting.activations == "recompute" else student.num_cross_layers
+        kept = width * (patches * student.hidden + num_layers * (patches * copies + seen))
+        yield Term("image features", kept, f"{patches:,.0f} features, in {num_layers} layers at once, and their mask")
 
 
 def _count_patches(student: Architecture, setting: Setting, *, trees: int) -> float:

@@ -62,6 +62,11 @@ class Driver:
     def fail(self, error: MintError) -> None:
         """End the run with an error that a new attempt would meet again; the driver raises it."""
         self._told.put(("error", error))
+        self._stops.put(True)
+
+    def is_stop_asked(self) -> bool:
+        """Whether the run is to end; asks the driver's node, so it takes a moment."""
+        return not self._stops.empty()
 
     def watch_for_stop(self) -> Callable[[], bool]:
         """A function that tells at once whether the driver wants the run to stop; a thread asks the driver."""
@@ -70,7 +75,7 @@ class Driver:
         def poll() -> None:
             # The queue's actor ends with the driver, and then so does this process.
             with contextlib.suppress(Exception):
-                while self._stops.empty():
+                while not self.is_stop_asked():
                     time.sleep(_POLL_SECONDS)
                 asked.set()
 
@@ -87,27 +92,33 @@ def train_on_ray(
     run_id: str,
     description: str,
     target: pathlib.Path,
+    result_file: str,
 ) -> pathlib.Path:
     """Run `loop(payload | {"driver": Driver, "run_id": run_id})` on every worker; copy its last checkpoint to `target`.
 
-    The loop writes its checkpoints with `RunCheckpoints`; the last one holds the results. `run_id` names the folder of
-    running work in the store: an interrupted run with the same id is taken up. The progress says `description`.
+    The loop writes its checkpoints with `CheckpointWriter`; the last one, which alone holds `result_file`, is the
+    result. `run_id` names the folder of running work in the store: an interrupted run with the same id is taken up. The
+    progress says `description`.
 
     Raises:
         MintError: what a worker handed to `Driver.fail`.
         Interrupted: this process got SIGTERM, and the workers wrote a checkpoint within `STOP_GRACE_SECONDS`.
         ray.train.TrainingFailedError: workers died more often than `resources.max_failures`.
     """
+    import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.util.queue import Queue
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from mint_lib.training.checkpoints import RunCheckpoints
 
     filesystem, runs_path = store.arrow_filesystem(), store.runs_path(run_id)
     most, least = resources.num_workers, resources.min_workers
     with ray_session(most * resources.cpus_per_worker):
-        told, stops = Queue(actor_options={"num_cpus": 0}), Queue(actor_options={"num_cpus": 0})
+        # They must not end with a node that only holds workers.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        told, stops = (Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here}) for _ in range(2))
         trainer = TorchTrainer(
             loop,
             train_loop_config=payload | {"driver": Driver(told, stops), "run_id": run_id},
@@ -124,13 +135,15 @@ def train_on_ray(
                 failure_config=FailureConfig(max_failures=resources.max_failures),
             ),
         )
-        with _follow(told, description) as errors, _pass_on_sigterm(stops):
+        with _follow(told, description), _pass_on_sigterm(stops):
             trainer.fit()
-        if errors:
-            raise errors[0]
         checkpoints = RunCheckpoints(store, run_id)
-        if checkpoints.restore(target) is None:
+        newest = checkpoints.newest()
+        if newest is None:
             raise RuntimeError(f"the training loop of {description} wrote no checkpoint")
+        checkpoints.download(newest, target)
+        if not (target / result_file).is_file():
+            raise RuntimeError(f"the training loop of {description} ended without its result")
         checkpoints.delete_all()
     filesystem.delete_dir(runs_path)
     return target
@@ -196,8 +209,8 @@ def ray_session(num_cpus: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _follow(queue: "Queue", description: str) -> Iterator[list[MintError]]:
-    """Tell the progress that arrives in `queue`; the list that is yielded collects the workers' errors."""
+def _follow(queue: "Queue", description: str) -> Iterator[None]:
+    """Tell the progress that arrives in `queue`; raises the first error of a worker that does, at the end."""
     import ray.util.queue
 
     errors: list[MintError] = []
@@ -226,7 +239,9 @@ def _follow(queue: "Queue", description: str) -> Iterator[list[MintError]]:
     thread = threading.Thread(target=listen, name="training-progress", daemon=True)
     thread.start()
     try:
-        yield errors
+        yield
     finally:
         finished.set()
         thread.join()
+        if errors:
+            raise errors[0] from None  # Ray's own error, if any, comes of it

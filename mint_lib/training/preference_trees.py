@@ -9,9 +9,8 @@ Shape suffixes: as in `mint_lib/packing.py`, and P pairs in a batch.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from mint_lib.errors import PromptTooLong
 from mint_lib.packing import (
     PackedTrees,
     Tree,
@@ -22,15 +21,12 @@ from mint_lib.packing import (
     predict_edges,
     sum_answers,
 )
-from mint_lib.reading import Reader, ReadPrompt, encode_answer
-from mint_lib.records import PreferencePair, Turn
+from mint_lib.reading import OverLong, Reader, encode_answer, fit_prompt
+from mint_lib.records import PreferencePair
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
-
-OverLong = Literal["refuse", "cut_prompt"]
-"""What becomes of a prompt that does not fit the student's window beside its longest answer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +79,7 @@ def grow_trees(
         first = members[0]
         texts = list(dict.fromkeys(text for pair in members for text in (pair.chosen, pair.rejected)))
         answers = [encode_answer(reader.tokenizer, text) for text in texts]
-        prompt, _ = fit_prompt(
+        fitted = fit_prompt(
             reader,
             first.prompt,
             first.images,
@@ -95,7 +91,7 @@ def grow_trees(
             PairTree(
                 case_id=first.case_id,
                 tree=pack_tree(
-                    prompt.ids,
+                    fitted.read.ids,
                     answers,
                     with_prompt_edges=with_prompt_edges,
                     unpredicted_ids=reader.unpredicted_ids,
@@ -106,52 +102,6 @@ def grow_trees(
             )
         )
     return trees
-
-
-def fit_prompt(
-    reader: Reader,
-    prompt: Sequence[Turn],
-    images: Sequence[bytes] = (),
-    *,
-    room_tokens: int,
-    over_long: OverLong,
-    case_id: str,
-) -> tuple[ReadPrompt, int]:
-    """`prompt` as the student reads it in at most `room_tokens` tokens, and the number of tokens cut from it.
-
-    `cut_prompt` drops the beginning of the last user turn's text, at a token's border, and reads what is left as a
-    prompt of its own: the chat template and the other turns stay whole. A prompt with images is never cut.
-
-    Raises:
-        PromptTooLong: the prompt does not fit and may not be cut, or nothing of that text would be left.
-        InvalidInput: the reader refuses the prompt or its images.
-    """
-    read = reader.read(prompt, images, case_id=case_id)
-    num_tokens = len(read.ids)
-    if num_tokens <= room_tokens:
-        return read, 0
-    wrong = f"The prompt of case {case_id} has {num_tokens} tokens; its longest answer leaves it {room_tokens} of the "
-    wrong += "student's window."
-    raise_window = "Raise student.window_tokens, or shorten the case text or the lists"
-    if over_long == "refuse":
-        raise PromptTooLong(f"{wrong} {raise_window}; alignment.over_long: cut_prompt cuts the text's beginning.")
-    if images:
-        raise PromptTooLong(f"{wrong} A prompt with images is never cut. {raise_window}.")
-    turns = list(prompt)
-    last_user = max((index for index, turn in enumerate(turns) if turn.role == "user"), default=None)
-    if last_user is not None:
-        text = turns[last_user].content
-        encoded = reader.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        starts = [start for start, _ in encoded["offset_mapping"]]
-        num_dropped = num_tokens - room_tokens
-        while num_dropped < len(starts) and (rest := text[starts[num_dropped] :]).strip():
-            turns[last_user] = Turn(role="user", content=rest)
-            read = reader.read(turns, case_id=case_id)
-            if len(read.ids) <= room_tokens:
-                return read, num_tokens - len(read.ids)
-            # What is left may be split into other tokens than before, so that there are still a few too many.
-            num_dropped += len(read.ids) - room_tokens
-    raise PromptTooLong(f"{wrong} Nothing of the last user turn would be left if it were cut to that. {raise_window}.")
 
 
 def collate_pairs(

@@ -2,8 +2,8 @@
 
 Goes in: the student's precision. Comes out: how its base is to be loaded. Only training sees the 4-bit base: the
 adapter is evaluated and served on the base's own weights, which the 4-bit ones approximate. Nothing else is prepared:
-PEFT's `prepare_model_for_kbit_training` would hold embeddings, norms and output layer in float32, at twice their memory,
-for a precision that the norms and the losses here compute in anyway.
+PEFT's `prepare_model_for_kbit_training` would hold embeddings, norms and output layer in float32, at twice their
+memory, for a precision that the norms and the losses here compute in anyway.
 """
 
 import importlib.util

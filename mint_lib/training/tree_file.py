@@ -17,9 +17,9 @@ import numpy as np
 
 from mint_lib.errors import IntegrityError, StoreError
 from mint_lib.packing import pack_tree
-from mint_lib.reading import Reader, TextReader, end_of_turn_id
+from mint_lib.reading import OverLong, Reader, TextReader, end_of_turn_id, fit_prompt
 from mint_lib.records import PreferencePair, Turn
-from mint_lib.training.preference_trees import OverLong, PairTree, fit_prompt
+from mint_lib.training.preference_trees import PairTree
 
 if TYPE_CHECKING:
     import pyarrow
@@ -158,7 +158,7 @@ def write_trees(
         raise
     except OSError as error:
         raise StoreError(f"{path} cannot be written ({error}). Free some space there.") from error
-    return TreeFile(path, with_prompt_edges=with_prompt_edges)
+    return TreeFile(path, with_prompt_edges=with_prompt_edges, unpredicted_ids=reader.unpredicted_ids)
 
 
 class _PromptPairs(NamedTuple):
@@ -221,7 +221,7 @@ def _prepare(
         room_tokens = window_tokens - max(map(len, answers))
         num_cut_tokens = 0
         if len(prompt_ids) > room_tokens:
-            (prompt_ids, _), num_cut_tokens = fit_prompt(
+            fitted = fit_prompt(
                 encoder.reader,
                 item.prompt,
                 item.images,
@@ -229,6 +229,7 @@ def _prepare(
                 over_long=over_long,
                 case_id=item.case_id,
             )
+            prompt_ids, num_cut_tokens = fitted.read.ids, fitted.num_cut_tokens
         row: dict[str, Any] = {
             "case_id": item.case_id,
             "ids": np.array([*prompt_ids, *itertools.chain(*answers)], dtype=np.int32),

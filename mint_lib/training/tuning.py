@@ -6,6 +6,7 @@ holds `adapter_model.safetensors` and `adapter_config.json`; one of a whole mode
 tokenizer. It does not know how the student is trained.
 """
 
+import contextlib
 import hashlib
 import json
 import pathlib
@@ -59,8 +60,7 @@ def prepare_tuning(model: "transformers.PreTrainedModel", *, tuning: Tuning, lor
 def hash_frozen(model: "torch.nn.Module") -> str:
     """`sha256:...` over the weights that are not trained, in the order of their names, without a copy of them all.
 
-    Quantised weights are hashed as they are held. It sees no weights that DeepSpeed's third stage has spread over
-    workers.
+    Quantised weights are hashed as they are held. Every process must call it, as sharded weights are gathered.
     """
     import torch
 
@@ -68,11 +68,22 @@ def hash_frozen(model: "torch.nn.Module") -> str:
     for name, parameter in sorted(model.named_parameters()):
         if parameter.requires_grad:
             continue
-        hasher.update(f"{name} {parameter.dtype} {list(parameter.shape)}\n".encode())
-        # numpy has no bfloat16, so the bytes are looked at as such.
-        for chunk in parameter.detach().reshape(-1).view(torch.uint8).split(_HASHED_BYTES):
-            hasher.update(chunk.cpu().numpy())
+        with _gather(parameter):
+            hasher.update(f"{name} {parameter.dtype} {list(parameter.shape)}\n".encode())
+            # numpy has no bfloat16, so the bytes are looked at as such.
+            for chunk in parameter.detach().reshape(-1).view(torch.uint8).split(_HASHED_BYTES):
+                hasher.update(chunk.cpu().numpy())
     return f"sha256:{hasher.hexdigest()}"
+
+
+def _gather(parameter: "torch.nn.Parameter") -> contextlib.AbstractContextManager[Any]:
+    """The whole of a weight that DeepSpeed's third stage has spread over the workers, while the context lasts."""
+    if not hasattr(parameter, "ds_id"):
+        return contextlib.nullcontext()
+    import deepspeed
+
+    gathered: contextlib.AbstractContextManager[Any] = deepspeed.zero.GatheredParameters([parameter])
+    return gathered
 
 
 def save_tuned(trainer: "transformers.Trainer", folder: pathlib.Path, *, base_name: str) -> None:

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from mint_lib.reading import OverLong, encode_answer, fit_prompt
 from mint_lib.records import Label, PreferencePair
 from mint_lib.student import rank_labels
 from mint_lib.template import Template
@@ -61,12 +62,23 @@ class Validation:
         template: Template,
         reader: "Reader",
         window_tokens: int,
-        over_long: Literal["refuse", "cut_prompt"],
+        over_long: OverLong,
         batch_tokens: int = _BATCH_TOKENS,
     ):
         first_pairs = {pair.case_id: pair for pair in reversed(pairs)}
         self._trees = grow_trees(pairs, reader, window_tokens=window_tokens, over_long=over_long)
-        self._prompts = [pair.prompt for pair in first_pairs.values()]
+        self._prompts = []
+        for pair in first_pairs.values():
+            longest = max(len(encode_answer(reader.tokenizer, text)) for text in (pair.chosen, pair.rejected))
+            fitted = fit_prompt(
+                reader,
+                pair.prompt,
+                pair.images,
+                room_tokens=window_tokens - longest,
+                over_long=over_long,
+                case_id=pair.case_id,
+            )
+            self._prompts.append(fitted.turns)
         self._images = [pair.images for pair in first_pairs.values()]
         self._labels = labels
         self._template = template
@@ -197,7 +209,9 @@ def watch_training(
             save_tuned(trainer, folder / "best", base_name=base_name)
         else:
             state.validations_without_gain += 1
-            control.should_training_stop |= state.validations_without_gain >= patience
+            if state.validations_without_gain >= patience:
+                # No checkpoint here: a run that went on from it would train on. It stops here again from the one before.
+                control.should_training_stop, control.should_save = True, False
 
     trainer.add_callback(Watch())
     return guard

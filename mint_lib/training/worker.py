@@ -67,11 +67,18 @@ class PairStream:
 
 def train_on_worker(payload: dict[str, Any]) -> None:
     """Train; an error that a new attempt would meet again goes to the driver and ends the run."""
+    import ray.train
+
+    driver: Driver = payload["driver"]
     try:
+        if driver.is_stop_asked():
+            raise Interrupted("Training was told to stop before its first step. Run the same command again to go on.")
         with tempfile.TemporaryDirectory(prefix="mint-training-") as scratch:
             _train(payload, pathlib.Path(scratch))
     except MintError as error:
-        payload["driver"].fail(error)
+        driver.fail(error)
+        if ray.train.get_context().get_world_size() > 1 and not isinstance(error, InvalidInput | Interrupted):
+            raise  # not all workers met it, so others may wait for this one: Ray ends them
 
 
 def _train(payload: dict[str, Any], folder: pathlib.Path) -> None:
@@ -146,16 +153,19 @@ def _train(payload: dict[str, Any], folder: pathlib.Path) -> None:
             metrics.publish({"num_cut_prompts": trees.num_cut_prompts})
             driver.say(describe_start(config, tuned, trees, num_workers=num_workers, resumed=resumed))
         trainer.train(resume_from_checkpoint=str(started) if resumed else None)
-        if guard.must_stop and trainer.state.global_step < trainer.state.max_steps:
+        has_stopped_early = state.validations_without_gain >= config.early_stop_patience
+        if guard.must_stop and trainer.state.global_step < trainer.state.max_steps and not has_stopped_early:
             writer.close()
+            place = "its checkpoint is in the store" if not writer.num_failed else "the last whole checkpoint is older"
             raise Interrupted(
                 f"Training was told to stop and did so after step {trainer.state.global_step} of "
-                f"{trainer.state.max_steps}; a checkpoint is in the store. Run the same command again to go on."
+                f"{trainer.state.max_steps}; {place}. Run the same command again to go on."
             )
         result = folder / "result"
         result.mkdir()
+        is_same = hash_frozen(tuned.model) == frozen
         if rank == 0:
-            if hash_frozen(tuned.model) != frozen:
+            if not is_same:
                 raise IntegrityError("weights that are not to be trained have changed; no version was written")
             place_tuned(folder / "best", result, student=config.student)
             outcome = {

@@ -3,22 +3,20 @@
 A proxy stands between the store and a real SeaweedFS, so requests, signatures and replies are real ones.
 """
 
-import http.client
-import http.server
 import os
 import secrets
 import shutil
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
+from s3_proxy import ALWAYS, Fault, Proxy, running_proxy
 
 from mint_lib.errors import AccessDenied, Conflict, IntegrityError, StoreError, StoreUnreachable
 from mint_lib.records import Reference, StageRecord
@@ -27,99 +25,13 @@ from mint_lib.store import Store
 
 RECORD = StageRecord(stage="data", config={}, inputs={}, code_version="test")
 DATA = b"d" * 100_000
-ALWAYS = 10**9
-
-
-class Fault(NamedTuple):
-    """What the proxy does to the next `times` requests with this method whose path contains `part`."""
-
-    method: str
-    part: str
-    action: str
-    """`lose-reply`, `cut-reply`, `flip-bit`, `stall`, `drop`, or `503 SlowDown`: a status and an S3 error code."""
-    times: int = 1
-
-
-class Proxy(http.server.ThreadingHTTPServer):
-    daemon_threads = True
-
-    def __init__(self, upstream: str):
-        super().__init__(("127.0.0.1", 0), ProxyHandler)
-        self.upstream = upstream
-        self.faults: list[Fault] = []
-        self.lock = threading.Lock()
-
-    def take_fault(self, method: str, path: str) -> str:
-        with self.lock:
-            for index, fault in enumerate(self.faults):
-                if fault.method == method and fault.part in path and fault.times > 0:
-                    self.faults[index] = fault._replace(times=fault.times - 1)
-                    return fault.action
-        return ""
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that hung up is part of these tests."""
-
-
-class ProxyHandler(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: Proxy
-
-    def forward(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        action = self.server.take_fault(self.command, self.path)
-        if action == "drop":
-            self.close_connection = True
-            return
-        if action == "stall":
-            time.sleep(3)
-            self.close_connection = True
-            return
-        if action[:1].isdigit():
-            status, code = action.split()
-            reply = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>m</Message></Error>".encode()
-            self.answer(int(status), [("Content-Type", "application/xml")], reply)
-            return
-        upstream = http.client.HTTPConnection(self.server.upstream, timeout=30)
-        headers = {name: value for name, value in self.headers.items() if name.lower() != "expect"}
-        upstream.request(self.command, self.path, body=body, headers=headers)
-        response = upstream.getresponse()
-        data = response.read()
-        upstream.close()
-        if action == "lose-reply":
-            self.close_connection = True
-            return
-        if action == "flip-bit":
-            data = bytes([data[0] ^ 1]) + data[1:]
-        skipped = ("transfer-encoding", "connection", "content-length")
-        kept = [(name, value) for name, value in response.getheaders() if name.lower() not in skipped]
-        self.answer(response.status, kept, data, cut=action == "cut-reply")
-
-    do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = forward  # noqa: N815 (http.server finds them by these names)
-
-    def answer(self, status: int, headers: list[tuple[str, str]], data: bytes, *, cut: bool = False) -> None:
-        self.send_response_only(status)
-        for name, value in headers:
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(data[: len(data) // 2] if cut else data)
-        self.close_connection = self.close_connection or cut
-
-    def log_message(self, *arguments: Any) -> None:
-        """Stay silent."""
 
 
 @pytest.fixture
 def proxy(s3_environment: dict[str, str]) -> Iterator[Proxy]:
     upstream = urllib.parse.urlsplit(s3_environment["MINT_S3_ENDPOINT_URL"]).netloc
-    with Proxy(upstream) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-        thread.start()
+    with running_proxy(upstream) as server:
         yield server
-        server.shutdown()
-        thread.join()
 
 
 @pytest.fixture

@@ -4,11 +4,12 @@ import types
 
 import pytest
 import torch
+from tiny_alignment import build, config_of
 from tiny_preferences import TINY, gradient_of, make_adapted_model, make_pair
 
-from mint_lib.alignment_methods.orpo import Orpo, log1mexp, orpo_loss
+from mint_lib.alignment_methods.orpo import log1mexp, orpo_loss
 from mint_lib.packing import predict_edges
-from mint_lib.reading import encode_answer, encode_prompt
+from mint_lib.reading import TextReader, encode_answer, encode_prompt
 from mint_lib.student import load_tokenizer
 from mint_lib.training.preference_trees import average_pairs, collate_pairs, grow_trees, score_pairs
 
@@ -35,7 +36,7 @@ def model():
 
 
 def packed_loss(model, tokenizer, *, with_prompt_edges):
-    trees = grow_trees(RAGGED, tokenizer, window_tokens=512, with_prompt_edges=with_prompt_edges)
+    trees = grow_trees(RAGGED, TextReader(tokenizer), window_tokens=512, with_prompt_edges=with_prompt_edges)
     batch = collate_pairs(trees, pad_token_id=tokenizer.pad_token_id)
     return orpo_loss(predict_edges(model, batch), batch, beta=BETA, nll_weight=1.0)
 
@@ -113,7 +114,7 @@ def test_orpo_log1mexp_and_its_gradient_are_finite(value):
 
 @pytest.mark.parametrize("certain", ["chosen", "rejected", "both"])
 def test_orpo_gradient_is_finite_when_an_answer_is_certain(tokenizer, certain):
-    trees = grow_trees([make_pair("c", "Boy.", "yes", "no")], tokenizer, window_tokens=99)
+    trees = grow_trees([make_pair("c", "Boy.", "yes", "no")], TextReader(tokenizer), window_tokens=99)
     batch = collate_pairs(trees, pad_token_id=0)
     log_p = torch.full((len(batch["target_N"]),), -2.0)
     for side in ("chosen", "rejected"):
@@ -129,15 +130,15 @@ def test_orpo_gradient_is_finite_when_an_answer_is_certain(tokenizer, certain):
 
 
 def test_orpo_trees_hold_each_case_once_with_all_its_pairs(tokenizer):
-    trees = grow_trees(RAGGED, tokenizer, window_tokens=512)
+    trees = grow_trees(RAGGED, TextReader(tokenizer), window_tokens=512)
     assert [tree.case_id for tree in trees] == ["c1", "c2", "c3"]
     assert [len(tree.chosen) for tree in trees] == [2, 1, 1]
     assert len(trees[0].tree.paths) == 3, "the chosen answer of both pairs is one branch"
 
 
 def test_orpo_scores_do_not_depend_on_the_grouping(model, tokenizer):
-    trees = grow_trees(RAGGED, tokenizer, window_tokens=512)
-    one_by_one = score_pairs(model, trees, pad_token_id=0, batch_tokens=1)
+    trees = grow_trees(RAGGED, TextReader(tokenizer), window_tokens=512)
+    one_by_one = score_pairs(model, trees, reader=TextReader(tokenizer), batch_tokens=1)
     batch = collate_pairs(trees, pad_token_id=0)
     with torch.inference_mode():
         together = average_pairs(predict_edges(model, batch), batch)
@@ -145,25 +146,9 @@ def test_orpo_scores_do_not_depend_on_the_grouping(model, tokenizer):
         torch.testing.assert_close(side, expected, atol=1e-5, rtol=0)
 
 
-def test_orpo_adapter_overfits_a_pair(model, tokenizer, tmp_path):
-    import copy
-
-    method = Orpo(Orpo.Config(nll="answer"), tokenizer=tokenizer, window_tokens=512)
-    student = copy.deepcopy(model)
-    trainer = method.build_trainer(
-        student,
-        pairs=RAGGED[2:3],
-        arguments={
-            "output_dir": str(tmp_path),
-            "max_steps": 30,
-            "learning_rate": 1e-2,
-            "report_to": "none",
-            "disable_tqdm": True,
-            "save_strategy": "no",
-            "logging_steps": 10,
-            "use_cpu": True,
-        },
-    )
+def test_orpo_adapter_overfits_a_pair(tmp_path):
+    config = config_of(method="orpo", method_config={"nll": "answer"}, epochs=30, validate_every_steps=50)
+    trainer, _ = build("orpo", tmp_path, config, RAGGED[2:3])
     trainer.train()
     logged = [row for row in trainer.state.log_history if "reward_margin" in row]
     assert logged[-1]["nll"] < logged[0]["nll"] - 0.5

@@ -20,6 +20,10 @@ HAS_BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None
 needs_bitsandbytes = pytest.mark.skipif(not HAS_BITSANDBYTES, reason="bitsandbytes, of the extra train, is not there")
 PAIRS = [make_pair("c1", "Boy.", "Marfan", "Noonan"), make_pair("c2", "Girl of 3.", "Kabuki", "Noonan")]
 
+# Appendix E of the QLoRA paper.
+NF4_LEVELS = [-1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0]
+NF4_LEVELS += [0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1.0]
+
 
 def prepare(config=TINY, **lora):
     torch.manual_seed(1)
@@ -40,6 +44,24 @@ def score(model, reader):
 
 def losses_of(trainer):
     return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+@needs_bitsandbytes
+def test_quantised_base_holds_the_16_levels_of_nf4_in_blocks_and_computes_in_the_students_precision():
+    import bitsandbytes
+
+    model = load_student(TINY, quantization_config=quantisation_config("bfloat16"))
+    layer = model.model.layers[0].mlp.up_proj
+    assert layer.weight.quant_state.nested, "the blocks' own scales are quantised too"
+    assert layer.compute_dtype == torch.bfloat16
+    weight = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    blocks = weight.float().view(-1, 64)
+    scaled = blocks / blocks.abs().amax(dim=1, keepdim=True)
+    distance = (scaled[..., None] - torch.tensor(NF4_LEVELS)).abs().amin(dim=-1)
+    assert distance.max() < 1e-5, "the levels are given to 7 digits"
+    original = load_student(TINY).model.layers[0].mlp.up_proj.weight
+    # Half the widest gap between levels, of each block's largest weight, and some for that being rounded itself.
+    assert ((weight - original).abs().view(-1, 64) <= 0.2 * blocks.abs().amax(dim=1, keepdim=True)).all()
 
 
 @needs_bitsandbytes

@@ -1,17 +1,17 @@
 """SimPO on packed trees against TRL's CPOTrainer on padded rows, and against the paper's formula."""
 
-import copy
 import math
 import types
 
 import pytest
 import torch
 from pydantic import ValidationError
+from tiny_alignment import build, config_of
 from tiny_preferences import TINY, gradient_of, make_adapted_model, make_pair
 
 from mint_lib.alignment_methods.simpo import Simpo, simpo_loss
 from mint_lib.packing import predict_edges
-from mint_lib.reading import encode_answer, encode_prompt
+from mint_lib.reading import TextReader, encode_answer, encode_prompt
 from mint_lib.student import load_tokenizer
 from mint_lib.training.preference_trees import collate_pairs, grow_trees
 
@@ -36,7 +36,7 @@ def model():
 
 
 def pack(tokenizer, pairs=RAGGED):
-    trees = grow_trees(pairs, tokenizer, window_tokens=512)
+    trees = grow_trees(pairs, TextReader(tokenizer), window_tokens=512)
     return trees, collate_pairs(trees, pad_token_id=tokenizer.pad_token_id)
 
 
@@ -121,20 +121,10 @@ def test_simpo_gradient_is_finite_and_pushes_apart_however_certain_an_answer_is(
     assert all(log_p.grad[edge] > 0 for edge in paths["rejected"] if edge not in shared)
 
 
-def test_simpo_adapter_overfits_a_pair(model, tokenizer, tmp_path):
-    config = Simpo.Config(beta=BETA, gamma=GAMMA)
-    method = Simpo(config, tokenizer=tokenizer, window_tokens=512)
-    arguments = {
-        "output_dir": str(tmp_path),
-        "max_steps": 40,
-        "learning_rate": 1e-2,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "logging_steps": 10,
-        "use_cpu": True,
-    }
-    trainer = method.build_trainer(copy.deepcopy(model), pairs=RAGGED[3:], arguments=arguments)
+def test_simpo_adapter_overfits_a_pair(tmp_path):
+    settings = {"beta": BETA, "gamma": GAMMA}
+    config = config_of(method="simpo", method_config=settings, epochs=40, validate_every_steps=50)
+    trainer, _ = build("simpo", tmp_path, config, RAGGED[3:])
     trainer.train()
     logged = [row for row in trainer.state.log_history if "reward_margin" in row]
     assert logged[-1]["simpo_loss"] < 0.1 < logged[0]["simpo_loss"]

@@ -9,11 +9,11 @@ import pytest
 from tiny_preferences import TINY, make_pair
 
 from mint_lib.errors import IntegrityError, InvalidInput, PromptTooLong, StoreError
-from mint_lib.reading import ReadPrompt, TextReader, encode_answer, encode_prompt
+from mint_lib.reading import ReadPrompt, TextReader, encode_answer, encode_prompt, fit_prompt
 from mint_lib.records import PreferencePair, Turn
 from mint_lib.student import load_tokenizer
 from mint_lib.training import tree_file
-from mint_lib.training.preference_trees import collate_pairs, fit_prompt, grow_trees
+from mint_lib.training.preference_trees import collate_pairs, grow_trees
 from mint_lib.training.tree_file import TreeFile, write_trees
 
 RAGGED = [
@@ -238,7 +238,7 @@ LONG = (
 def test_fit_prompt_cut_keeps_template_turns_and_the_end_of_the_text(reader: TextReader, num_less: int) -> None:
     whole = encode_prompt(reader.tokenizer, LONG)
     room_tokens = len(whole) - num_less
-    read, num_cut = fit_prompt(reader, LONG, room_tokens=room_tokens, over_long="cut_prompt", case_id="a")
+    read, _, num_cut = fit_prompt(reader, LONG, room_tokens=room_tokens, over_long="cut_prompt", case_id="a")
     assert room_tokens - 4 <= len(read.ids) <= room_tokens
     assert num_cut == len(whole) - len(read.ids)
     text = LONG[-1].content
@@ -253,7 +253,7 @@ def test_fit_prompt_cut_keeps_template_turns_and_the_end_of_the_text(reader: Tex
 def test_fit_prompt_that_fits_is_left_alone(reader: TextReader) -> None:
     whole = encode_prompt(reader.tokenizer, LONG)
     for over_long in ("refuse", "cut_prompt"):
-        read, num_cut = fit_prompt(reader, LONG, room_tokens=len(whole), over_long=over_long, case_id="a")
+        read, _, num_cut = fit_prompt(reader, LONG, room_tokens=len(whole), over_long=over_long, case_id="a")
         assert (read.ids, num_cut) == (whole, 0)
 
 
@@ -283,7 +283,7 @@ def test_fit_prompt_rest_of_more_tokens_is_cut_again(reader: TextReader) -> None
 
     wide = WideReader(reader.tokenizer)
     room_tokens = len(wide.read(LONG).ids) - 1
-    read, num_cut = fit_prompt(wide, LONG, room_tokens=room_tokens, over_long="cut_prompt", case_id="a")
+    read, _, num_cut = fit_prompt(wide, LONG, room_tokens=room_tokens, over_long="cut_prompt", case_id="a")
     assert (len(read.ids), num_cut) == (room_tokens, 1)
 
 
