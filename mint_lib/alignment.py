@@ -102,6 +102,7 @@ def _write_student(config: AlignmentConfig, store: "Store", preferences: Referen
                 "method": config.method,
                 "method_config": config.method_config,
                 "tuning": config.tuning,
+                "quantisation": config.quantisation,
                 "lora": config.lora.model_dump(mode="json"),
                 "base_digest": outcome["base_digest"],
                 "template_digest": template.digest,

@@ -197,7 +197,8 @@ def predict_edges(model: Any, batch: PackedTrees) -> "torch.Tensor":
     from mint_lib.linear_head import predict_by_forward
 
     inner = model
-    while not hasattr(inner, "get_output_embeddings"):
+    # DeepSpeed's engine answers for the model inside, but its config is its own dictionary.
+    while not hasattr(inner, "get_output_embeddings") or isinstance(inner.config, dict):
         inner = inner.module
     implementation = inner.config.get_text_config()._attn_implementation
     inputs = {

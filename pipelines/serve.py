@@ -101,9 +101,15 @@ def print_service(references: list[str], *, store: Store, cluster: pathlib.Path 
     values = load_cluster(cluster)
     if is_vllm:
         facts = read_student(store, reference).facts
-        if facts.lora.get("update", "additive") != "additive":
-            raise InvalidInput(f"{reference} has a weight-decomposed adapter (DoRA), which is not served by vLLM here.")
-        rank = int(str(facts.lora["rank"]))
+        if facts.student.reads == "image":
+            raise InvalidInput(f"{reference} is an image student, which is not served by vLLM here.")
+        rank = None
+        if facts.tuning == "adapter":
+            if facts.lora.get("update", "additive") != "additive":
+                raise InvalidInput(
+                    f"{reference} has a weight-decomposed adapter (DoRA), which is not served by vLLM here."
+                )
+            rank = int(str(facts.lora["rank"]))
         document = render_vllm(reference, cluster=values, name=name, student=facts.student, lora_rank=rank)
     else:
         document = render_inference_service(reference, cluster=values, name=name)

@@ -4,9 +4,11 @@ A method that breaks is a class made in a function, so it travels to Ray's worke
 """
 
 import json
+import os
 import pathlib
-from collections.abc import Callable
-from typing import Any
+import signal
+import time
+from typing import Any, Literal
 
 import psutil
 import pyarrow.fs
@@ -15,6 +17,7 @@ from tiny_alignment import LABELS, TEMPLATE, config_of, make_pairs
 
 import mint_lib.alignment
 from mint_lib.alignment_methods.orpo import Orpo
+from mint_lib.errors import OutOfMemory
 from mint_lib.records import Reference, StageRecord
 from mint_lib.rows import pair_schema
 from mint_lib.store import Store
@@ -96,11 +99,11 @@ def find_ray_workers(pid: int) -> list[psutil.Process]:
 
 
 def break_training(
-    patch: pytest.MonkeyPatch, break_now: Callable[[], None], marker: pathlib.Path, *, ranks: tuple[int, ...] = (0,)
+    patch: pytest.MonkeyPatch, how: Literal["kill", "out_of_memory", "wait"], marker: pathlib.Path, *, rank: int = 0
 ) -> None:
-    """Have `break_now` called by the workers `ranks` in the middle of step `BREAK_STEP`, after its backward pass.
+    """Break the worker `rank` in the middle of step `BREAK_STEP`, after its backward pass.
 
-    Only the first attempt breaks: it leaves one file a worker in `marker`, a folder that does not exist yet.
+    Only the first attempt breaks, and leaves the file `marker`; `wait` lasts until the content is "go on".
     """
 
     class BreakingOrpo(Orpo):
@@ -112,11 +115,15 @@ def break_training(
 
             def step_and_break(*arguments: Any, **options: Any) -> Any:
                 loss = run_step(*arguments, **options)
-                path = marker / str(setup.rank)
-                if setup.rank in ranks and trainer.state.global_step == BREAK_STEP - 1 and not path.exists():
-                    marker.mkdir(exist_ok=True)
-                    path.touch()
-                    break_now()
+                is_now = setup.rank == rank and trainer.state.global_step == BREAK_STEP - 1
+                if is_now and not marker.exists():
+                    marker.touch()
+                    if how == "kill":
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    elif how == "out_of_memory":
+                        raise OutOfMemory("too much")
+                    while marker.read_text() != "go on":
+                        time.sleep(0.05)
                 return loss
 
             trainer.training_step = step_and_break

@@ -7,7 +7,6 @@ Goes in: an `AlignmentConfig`, its method, the store and a version of `preferenc
 import json
 import pathlib
 import secrets
-import shutil
 import tempfile
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -131,7 +130,8 @@ def _train(payload: dict[str, Any], folder: pathlib.Path) -> None:
     state = TrainingState()
     if resumed:
         state = TrainingState.read(started)
-        shutil.copytree(started / "best", folder / "best")
+        # Moved, not copied: the trainer would load an adapter that lies in its checkpoint as a second one.
+        (started / "best").rename(folder / "best")
     metrics = RunMetrics(config.name)
     with CheckpointWriter(store, payload["run_id"], attempt=attempt, rank=rank, num_ranks=num_workers) as writer:
         guard = watch_training(
@@ -297,7 +297,9 @@ def trainer_arguments(config: AlignmentConfig, folder: pathlib.Path, *, num_work
         "use_cpu": not config.use_gpu,
         "bf16": config.use_gpu and config.student.dtype == "bfloat16",
         "dataloader_pin_memory": config.use_gpu,
-        "ddp_find_unused_parameters": False,
+        # Some vision towers have a last layer that nothing reads.
+        "ddp_find_unused_parameters": config.student.reads == "image"
+        and (config.tuning == "full" or config.lora.towers == "language_and_vision"),
     }
     if config.activations == "recompute":
         arguments["gradient_checkpointing_kwargs"] = {"use_reentrant": False}

