@@ -17,7 +17,7 @@ from mint_lib.records import Reference, StageRecord, code_version
 from mint_lib.template import Template
 from mint_lib.training.deepspeed import check_deepspeed
 from mint_lib.training.method import AlignmentMethod
-from mint_lib.training.on_ray import WorkerResources, train_on_ray
+from mint_lib.training.on_ray import WorkerResources, forget_run, train_on_ray
 from mint_lib.training.settings import AlignmentConfig
 from mint_lib.training.tuning import FOLDERS
 from mint_lib.training.worker import OUTCOME, train_on_worker
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def align_student(config: AlignmentConfig, *, store: "Store", preferences: Reference) -> Reference:
-    """A version of `student` trained on `preferences`. One worker, the same seed and pairs give the same digest.
+    """A version of `student` trained on `preferences`. On one CPU worker the same seed and pairs give the same digest.
 
     Raises:
         InvalidInput: there are no training or no validation pairs, the pairs hold images and the student reads none or
@@ -43,6 +43,7 @@ def align_student(config: AlignmentConfig, *, store: "Store", preferences: Refer
     if config.deepspeed is not None:
         check_deepspeed(config.deepspeed)
     key = f"{config.model_dump_json()} {preferences.digest} {code_version()}"
+    run_id = f"alignment-{hashlib.sha256(key.encode()).hexdigest()[:24]}"
     with tempfile.TemporaryDirectory(prefix="mint-student-") as scratch:
         folder = train_on_ray(
             train_on_worker,
@@ -55,12 +56,14 @@ def align_student(config: AlignmentConfig, *, store: "Store", preferences: Refer
                 max_failures=config.max_failures,
             ),
             store=store,
-            run_id=f"alignment-{hashlib.sha256(key.encode()).hexdigest()[:24]}",
+            run_id=run_id,
             description=f"alignment: {config.name}",
             target=pathlib.Path(scratch) / "result",
             result_file=OUTCOME,
         )
-        return _write_student(config, store, preferences, folder)
+        student = _write_student(config, store, preferences, folder)
+    forget_run(store, run_id)
+    return student
 
 
 def check_method(config: AlignmentConfig, method: type[AlignmentMethod]) -> None:

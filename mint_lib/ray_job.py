@@ -300,5 +300,11 @@ class _PodRenderer:
 
 
 def _list_ray_environment() -> list[dict[str, Any]]:
-    values = {"RAY_TMPDIR": SCRATCH_FOLDER, "RAY_USAGE_STATS_ENABLED": "0", "PYTHONUNBUFFERED": "1"}
+    values = {
+        "RAY_TMPDIR": SCRATCH_FOLDER,
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "PYTHONUNBUFFERED": "1",
+        # Ray kills a stopped job after 3 s by default, before a training has written its checkpoint.
+        "RAY_JOB_STOP_WAIT_TIME_S": "30",
+    }
     return [{"name": name, "value": value} for name, value in values.items()]

@@ -94,21 +94,10 @@ class TextReader(Reader):
         return {}
 
 
-def encode_prompt(
-    tokenizer: "PreTrainedTokenizerBase", prompt: Sequence[Turn], *, window_tokens: int | None = None, case_id: str = ""
-) -> list[int]:
-    """Token ids of `prompt` in the student's chat template, ending where the assistant's answer begins.
-
-    Raises:
-        PromptTooLong: there are more than `window_tokens` of them.
-    """
+def encode_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: Sequence[Turn]) -> list[int]:
+    """Token ids of `prompt` in the student's chat template, ending where the assistant's answer begins."""
     turns = [turn.model_dump() for turn in prompt]
     ids: list[int] = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
-    if window_tokens is not None and len(ids) > window_tokens:
-        raise PromptTooLong(
-            f"The prompt of case {case_id or '(unnamed)'} has {len(ids)} tokens; the student's window is "
-            f"{window_tokens}. Raise student.window_tokens or shorten the case text."
-        )
     return ids
 
 
@@ -156,19 +145,6 @@ def fit_prompt(
             # What is left may be split into other tokens than before, so that there are still a few too many.
             num_dropped += len(read.ids) - room_tokens
     raise PromptTooLong(f"{wrong} Nothing of the last user turn would be left if it were cut to that. {raise_window}.")
-
-
-def check_window(num_tokens: int, *, window_tokens: int, case_id: str) -> None:
-    """Refuse a prompt and answer of `num_tokens` together that exceed the student's window; nothing is ever cut.
-
-    Raises:
-        PromptTooLong: with the counts and the case id.
-    """
-    if num_tokens > window_tokens:
-        raise PromptTooLong(
-            f"Prompt and answer of case {case_id} have {num_tokens} tokens; the student's window is {window_tokens}. "
-            "Raise student.window_tokens, or shorten the case text or the lists."
-        )
 
 
 def encode_answer(tokenizer: "PreTrainedTokenizerBase", answer: str) -> list[int]:

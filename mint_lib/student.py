@@ -51,7 +51,8 @@ class StudentConfig(BaseModel):
     """What its prompts hold: text only, or images and text (any image-text-to-text model of a known family)."""
     over_long: OverLong = "refuse"
     """What becomes of a prompt that does not fit the window with its longest answer: the set is refused, or the last
-    user turn loses its first words, which is counted. An answer and an image are never cut."""
+    user turn loses its first words, which is counted. An answer and an image are never cut. It holds for preferences
+    and alignment; evaluation and servers refuse such prompts."""
 
 
 def load_tokenizer(config: StudentConfig) -> "PreTrainedTokenizerBase":

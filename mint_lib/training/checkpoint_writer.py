@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 NUM_KEPT = 2
 """The newest, and the one to fall back to when that is damaged."""
 PEERS_SECONDS = 300.0
-"""How long the first rank waits for the others' files; below the 600 s after which NCCL gives a late rank up."""
+"""How long the first rank waits for the others' files; Ray's process group gives a late rank up after 1800 s."""
 _FIRST_PAUSE_SECONDS = 0.05
 _MAX_PAUSE_SECONDS = 2.0
 

@@ -6,6 +6,7 @@ as `deepspeed`, found to be one that DeepSpeed itself understands. Values that f
 """
 
 import copy
+import os
 from collections.abc import Iterator
 from typing import Any, Literal, Self
 
@@ -79,6 +80,21 @@ def check_deepspeed(config: DeepspeedConfig) -> None:
             f"{', '.join(sorted(name for name in read.names if isinstance(name, str)))}. Correct "
             "alignment.deepspeed.settings."
         )
+
+
+def restrict_checkpoint_loading() -> None:
+    """Have this process read checkpoints as tensors and plain data only.
+
+    DeepSpeed asks torch to unpickle its checkpoints, which would run whatever code stands in them. Of classes they hold
+    the three named here, which keep numbers.
+    """
+    import torch
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # torch.load obeys it whatever its caller asks for
+    torch.serialization.add_safe_globals([LossScaler, ZeroStageEnum, fragment_address])
 
 
 def _describe(config: DeepspeedConfig, *, use_gpu: bool, dtype: Literal["float32", "bfloat16"]) -> dict[str, Any]:

@@ -38,7 +38,7 @@ class Guard:
         self._case_ids: list[str] = []
         self._skips_in_a_row = 0
         self.num_skipped = 0
-        """Steps that were skipped."""
+        """Steps that this process has skipped."""
         self.must_stop = False
         """Some worker was asked to stop."""
         run_step = trainer.training_step
@@ -69,6 +69,7 @@ class Guard:
         if not is_bad:
             self._skips_in_a_row = 0
             return None
+        case_ids = _gather(case_ids)
         self.num_skipped += 1
         self._skips_in_a_row += 1
         if self._on_not_finite == "skip" and self._skips_in_a_row <= MOST_SKIPS_IN_A_ROW:
@@ -86,8 +87,8 @@ class Guard:
             else "The weights are as before this step"
         )
         raise RefusedData(
-            f"Training stopped at step {step}: {cause}. {kept}; no version was written. Cases of this worker's part of "
-            f"the step: {shown}. Lower learning_rate, look at these cases, or set on_not_finite: skip.",
+            f"Training stopped at step {step}: {cause}. {kept}; no version was written. Cases of the step: "
+            f"{shown}. Lower learning_rate, look at these cases, or set on_not_finite: skip.",
             {"not_finite": max(1, len(case_ids))},
             {"not_finite": case_ids},
         )
@@ -103,7 +104,7 @@ class Guard:
         else:
             # The norm that the trainer clips by may overflow where no gradient does, so the largest value is looked at.
             gradients = [p.grad for p in self._trainer.model.parameters() if p.grad is not None]
-            values += [gradient.detach().abs().max() for gradient in gradients]
+            values += torch._foreach_norm(gradients, float("inf"))
         return (~torch.stack([value.float() for value in values]).isfinite()).any().float()
 
     def _agree(self, is_bad: "torch.Tensor", is_stop_asked: bool) -> tuple[bool, bool]:
@@ -113,3 +114,14 @@ class Guard:
         flags = torch.stack([is_bad, is_bad.new_tensor(float(is_stop_asked))])
         found_bad, found_stop = self._trainer.accelerator.reduce(flags, reduction="sum").tolist()
         return found_bad > 0, found_stop > 0
+
+
+def _gather(case_ids: list[str]) -> list[str]:
+    """Those of all workers; all of them call it, since they have agreed that the step is bad."""
+    import torch.distributed
+
+    if not torch.distributed.is_initialized():
+        return case_ids
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, case_ids)
+    return [case_id for part in found for case_id in part]

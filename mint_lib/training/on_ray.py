@@ -8,6 +8,7 @@ run id. A driver that is told to stop has the workers write a checkpoint first. 
 
 import contextlib
 import logging
+import math
 import os
 import pathlib
 import shutil
@@ -50,14 +51,28 @@ class Driver:
     def __init__(self, told: "Queue", stops: "Queue"):
         self._told = told
         self._stops = stops
+        self._last_told: dict[str, float] = {}
 
     def tell(self, done: int, total: int, figures: dict[str, float], *, activity: str = "") -> None:
-        """Say that `done` of `total` steps are done, of training itself or of another activity."""
-        self._told.put(("progress", activity, done, total, figures))
+        """Say that `done` of `total` steps are done, of training itself or of another activity, twice a second at most.
+
+        It waits for the driver's node, so a training that took many small steps would wait for it all the time.
+        """
+        now = time.monotonic()
+        if done < total and now - self._last_told.get(activity, -math.inf) < _POLL_SECONDS:
+            return
+        self._last_told[activity] = now
+        self._put(("progress", activity, done, total, figures))
 
     def say(self, text: str) -> None:
         """Say one sentence about the run."""
-        self._told.put(("note", text))
+        self._put(("note", text))
+
+    def _put(self, item: tuple[Any, ...]) -> None:
+        import ray
+
+        with contextlib.suppress(ray.exceptions.RayError):  # no training ends because its progress is not heard
+            self._told.put(item)
 
     def fail(self, error: MintError) -> None:
         """End the run with an error that a new attempt would meet again; the driver raises it."""
@@ -73,11 +88,11 @@ class Driver:
         asked = threading.Event()
 
         def poll() -> None:
-            # The queue's actor ends with the driver, and then so does this process.
-            with contextlib.suppress(Exception):
-                while not self.is_stop_asked():
-                    time.sleep(_POLL_SECONDS)
-                asked.set()
+            while not asked.is_set():
+                with contextlib.suppress(Exception):  # what fails now may answer the next time
+                    if self.is_stop_asked():
+                        asked.set()
+                time.sleep(_POLL_SECONDS)
 
         threading.Thread(target=poll, name="watch-for-stop", daemon=True).start()
         return asked.is_set
@@ -113,7 +128,6 @@ def train_on_ray(
 
     from mint_lib.training.checkpoints import RunCheckpoints
 
-    filesystem, runs_path = store.arrow_filesystem(), store.runs_path(run_id)
     most, least = resources.num_workers, resources.min_workers
     with ray_session(most * resources.cpus_per_worker):
         # They must not end with a node that only holds workers.
@@ -130,8 +144,8 @@ def train_on_ray(
             ),
             run_config=RunConfig(
                 name=run_id,
-                storage_path=str(pathlib.PurePosixPath(runs_path).parent),
-                storage_filesystem=filesystem,
+                storage_path=str(pathlib.PurePosixPath(store.runs_path(run_id)).parent),
+                storage_filesystem=store.arrow_filesystem(),
                 failure_config=FailureConfig(max_failures=resources.max_failures),
             ),
         )
@@ -144,9 +158,18 @@ def train_on_ray(
         checkpoints.download(newest, target)
         if not (target / result_file).is_file():
             raise RuntimeError(f"the training loop of {description} ended without its result")
-        checkpoints.delete_all()
-    filesystem.delete_dir(runs_path)
     return target
+
+
+def forget_run(store: "Store", run_id: str) -> None:
+    """Remove what a run left in the store, now that its result is committed; what cannot be removed stays."""
+    from mint_lib.training.checkpoints import RunCheckpoints
+
+    try:
+        RunCheckpoints(store, run_id).delete_all()
+        store.arrow_filesystem().delete_dir(store.runs_path(run_id))
+    except OSError as error:  # the store's errors are among these
+        logger.warning("the working files of %s stay in the store: %s", run_id, error)
 
 
 @contextlib.contextmanager
@@ -176,6 +199,11 @@ def _pass_on_sigterm(stops: "Queue") -> Iterator[None]:
     signal.signal(signal.SIGTERM, handle)
     try:
         yield
+    except SystemExit:
+        if timer.ident is not None:
+            # Ray was told to stop too, as by `timeout`, or again; it leaves its driver with a code of its own.
+            sys.exit(128 + signal.SIGTERM)
+        raise
     finally:
         timer.cancel()
         signal.signal(signal.SIGTERM, before)

@@ -139,7 +139,7 @@ def _make_trainer_class(
 
         def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
             model.train()
-            totals = self._add_up(inputs)
+            totals = self._count_totals(inputs)
             value = torch.zeros((), device=self.args.device)
             for index, (batch, counts) in enumerate(zip(inputs["passes"], inputs["counts"], strict=True)):
                 is_last = index == len(inputs["passes"]) - 1
@@ -149,7 +149,12 @@ def _make_trainer_class(
             self._num_steps += 1
             return value
 
-        def _add_up(self, step: dict[str, Any]) -> torch.Tensor:
+        def _prepare_input(self, data: Any) -> Any:
+            if isinstance(data, torch.Tensor) and not self.is_deepspeed_enabled:
+                return data.to(self.args.device, non_blocking=True)  # or each tensor would wait for all queued work
+            return super()._prepare_input(data)
+
+        def _count_totals(self, step: dict[str, Any]) -> torch.Tensor:
             """What the step's sums over pairs and over labelled tokens are divided by, [2].
 
             Data parallelism averages gradients over workers, so each worker divides by its part of the whole.
@@ -166,7 +171,7 @@ def _make_trainer_class(
                 share, figures = self.compute_loss(model, batch, return_outputs=True)
             options = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
             self.accelerator.backward(share, **options)
-            num_places = torch.tensor(batch["input_ids"].numel(), device=self.args.device)
+            num_places = torch.full((), batch["input_ids"].numel(), device=self.args.device)
             figures |= {"num_places": num_places, "num_padded_places": num_places - counts * batch["num_real_tokens"]}
             for name, figure in figures.items():
                 self._figures[name] = self._figures.get(name, 0.0) + torch.where(figure.isfinite(), figure, 0.0)

@@ -43,7 +43,7 @@ class AlignmentConfig(BaseModel):
     """Prompts of one optimiser step over all workers, each with all its pairs; pairs, for methods without trees."""
     batch_tokens: int = Field(default=4096, ge=16)
     """Most places, padding included, of one forward and backward pass of a method on prompt trees. A step's trees are
-    split by length into such passes and dealt out to the workers, so this bounds the memory and changes no number. A
+    dealt out to the workers and split by length into such passes, so this bounds the memory and changes no number. A
     longer tree is a pass by itself."""
     accumulation_steps: int = Field(default=1, ge=1)
     """Passes that one optimiser step of `dpo` and `sft` is split into, which count pairs and not tokens."""
@@ -67,7 +67,7 @@ class AlignmentConfig(BaseModel):
     """Stop after so many validations without a better figure."""
     on_not_finite: Literal["stop", "skip"] = "stop"
     """What a loss or gradient that is not a number does: the run ends with the ids of the step's cases, or the step is
-    left out and counted. Five in a row end the run either way."""
+    left out and counted. More than five in a row end the run either way."""
     num_workers: int = Field(default=1, ge=1)
     """Training processes."""
     min_workers: int | None = Field(default=None, ge=1)

@@ -1,8 +1,8 @@
-"""Which prompt trees an optimiser step sees, in which forward passes, and which worker runs which of them.
+"""Which prompt trees an optimiser step sees, which worker runs which of them, and in which forward passes.
 
 Goes in: the lengths of all trees, a seed, and this worker's place. Comes out, step by step, this worker's passes. The
-trees of a step and their division into passes depend on the seed alone, so any number of workers computes the same
-gradients, but for rounding. A position is a step's number: nothing else has to be kept to go on from it.
+trees of a step depend on the seed alone, so any number of workers computes the same gradients, but for rounding. A
+position is a step's number: nothing else has to be kept to go on from it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -58,11 +58,19 @@ class StepOrder:
             yield self.share(order[start : start + self._trees_per_batch])
 
     def share(self, trees: "np.ndarray | Sequence[int]") -> list[Pass]:
-        """This worker's passes over `trees`: the longest are dealt out first, so that all workers get alike."""
-        lengths = [int(self._lengths[tree]) for tree in trees]
-        groups = group_by_length(lengths, max_tokens=self._batch_tokens)
-        passes = [Pass(tuple(int(trees[index]) for index in group), counts=True) for group in groups]
-        mine = passes[self._rank :: self._num_workers]
-        num_rounds = -(-len(passes) // self._num_workers)
+        """This worker's passes over `trees`, which are divided into parts of about as many places each."""
+        ordered = sorted((int(tree) for tree in trees), key=lambda tree: (-self._lengths[tree], tree))
+        lengths = self._lengths[ordered].astype(np.int64)
+        # A tree belongs to the part that its middle lies in; neighbours are of similar length, so little is padding.
+        middles = lengths.cumsum() - lengths / 2
+        parts = (middles * self._num_workers / lengths.sum()).astype(int)
+        passes_of: list[list[Pass]] = [[] for _ in range(self._num_workers)]
+        for worker in range(self._num_workers):
+            members = [tree for tree, part in zip(ordered, parts, strict=True) if part == worker]
+            groups = group_by_length([int(self._lengths[tree]) for tree in members], max_tokens=self._batch_tokens)
+            passes_of[worker] = [Pass(tuple(members[index] for index in group), counts=True) for group in groups]
+        mine = passes_of[self._rank]
         # All workers add up their gradients in the same pass, so everybody must have as many.
-        return mine + [passes[-1]._replace(counts=False)] * (num_rounds - len(mine))
+        num_idle = max(map(len, passes_of)) - len(mine)
+        shortest = next(passes for passes in reversed(passes_of) if passes)[-1]
+        return mine + [shortest._replace(counts=False)] * num_idle

@@ -51,6 +51,8 @@ def prepare_tuning(model: "transformers.PreTrainedModel", *, tuning: Tuning, lor
     if tuning == "adapter":
         adapted = add_adapter(model, lora)
         return Tuned(adapted, *adapted.get_nb_trainable_parameters())
+    # Its config forgets it: whatever saves the model, a checkpoint too, writes the precision in training there.
+    model.loaded_dtype = model.dtype
     model.float().requires_grad_(True)
     # DeepSpeed's third stage leaves an empty tensor in a weight's place, and its size beside it.
     num_parameters = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
@@ -92,10 +94,7 @@ def save_tuned(trainer: "transformers.Trainer", folder: pathlib.Path, *, base_na
     Every process must call it, as sharded weights are gathered; the first one writes.
     """
     scratch = folder.with_name("scratch")
-    config = trainer.model.config
-    loaded_dtype = config.dtype  # saving overwrites it with the precision in training
     trainer.save_model(str(scratch))
-    config.dtype = loaded_dtype
     if not trainer.is_world_process_zero():
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -105,6 +104,7 @@ def save_tuned(trainer: "transformers.Trainer", folder: pathlib.Path, *, base_na
         # PEFT keeps modules in sets, whose order differs from process to process.
         _rewrite_config(folder / _ADAPTER_FILES[1], {"base_model_name_or_path": base_name})
     else:
+        loaded_dtype = trainer.model.loaded_dtype
         _cast_weights(scratch, loaded_dtype)
         for path in (path for pattern in WEIGHT_PATTERNS for path in sorted(scratch.glob(pattern))):
             path.replace(folder / path.name)

@@ -13,21 +13,25 @@ import shutil
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from mint_lib.errors import RefusedData
 from mint_lib.reading import OverLong, encode_answer, fit_prompt
 from mint_lib.records import Label, PreferencePair
 from mint_lib.student import rank_labels
 from mint_lib.template import Template
 from mint_lib.training.guard import Guard
+from mint_lib.training.log_sums import read_sums, write_sums
 from mint_lib.training.preference_trees import grow_trees, score_pairs
 from mint_lib.training.tuning import save_tuned
 
 if TYPE_CHECKING:
+    import torch
     import transformers
 
     from mint_lib.reading import Reader
 
 logger = logging.getLogger(__name__)
 _LOWER_IS_BETTER = ("loss",)
+_SHOWN_CASE_IDS = 20
 _BATCH_TOKENS = 1024  # of one validation batch; larger ones are no faster on a CPU and cost memory
 
 
@@ -66,10 +70,12 @@ class Validation:
         batch_tokens: int = _BATCH_TOKENS,
     ):
         first_pairs = {pair.case_id: pair for pair in reversed(pairs)}
+        self._case_ids = list(first_pairs)
         self._trees = grow_trees(pairs, reader, window_tokens=window_tokens, over_long=over_long)
         self._prompts = []
         for pair in first_pairs.values():
-            longest = max(len(encode_answer(reader.tokenizer, text)) for text in (pair.chosen, pair.rejected))
+            sides = {text for other in pairs if other.prompt == pair.prompt for text in (other.chosen, other.rejected)}
+            longest = max(len(encode_answer(reader.tokenizer, text)) for text in sides)
             fitted = fit_prompt(
                 reader,
                 pair.prompt,
@@ -108,6 +114,7 @@ class Validation:
             batch_tokens=self._batch_tokens,
         )
         model.train(was_training)
+        self._check_finite(scores, chosen_P, rejected_P)
         targets = scores[numpy.arange(len(scores)), self._teacher_columns]
         ranks = 1 + (scores > targets[:, None]).sum(axis=1)
         return {
@@ -117,6 +124,21 @@ class Validation:
             "agreement_top_1": float((ranks == 1).mean()),
             "agreement_mrr": float((1.0 / ranks).mean()),
         }
+
+    def _check_finite(self, scores: Any, chosen_P: "torch.Tensor", rejected_P: "torch.Tensor") -> None:
+        """Refuse numbers that are none: compared with others, they would look like perfect agreement."""
+        import numpy
+
+        is_good = numpy.isfinite(scores).all(axis=1)
+        if is_good.all() and bool(chosen_P.isfinite().all()) and bool(rejected_P.isfinite().all()):
+            return
+        bad = [case_id for case_id, good in zip(self._case_ids, is_good, strict=True) if not good]
+        raise RefusedData(
+            "Validation gave numbers that are not finite; no version was written. Cases: "
+            f"{', '.join(bad[:_SHOWN_CASE_IDS]) or 'some pairs'}. Lower learning_rate, or look at these cases.",
+            {"not_finite": max(1, len(bad))},
+            {"not_finite": bad},
+        )
 
 
 def draw_cases(pairs: Iterable[PreferencePair], num_cases: int, *, seed: int) -> list[PreferencePair]:
@@ -144,13 +166,14 @@ def watch_training(
     tell: Callable[[int, int, dict[str, float]], None],
     save: Callable[[int, pathlib.Path], None],
     publish: Callable[[dict[str, float]], None] = lambda _: None,
+    started: pathlib.Path | None = None,
 ) -> Guard:
     """Add validation, best weights, early stop, progress, checkpoints and the guard to `trainer`; returns the guard.
 
     The best weights are kept in `folder/best`, and `state` is kept up to date. `tell` is called on the first process
     with the steps done, all steps, and figures; `publish` there with the figures of each logged step; `save` on every
     process with the step and a folder of its own, which it may keep. Where `is_stop_asked`, the run ends after a
-    checkpoint, at a step without validation.
+    checkpoint. `started` is the folder of the checkpoint that it goes on from.
     """
     import transformers
 
@@ -158,6 +181,11 @@ def watch_training(
         """Sees every step; validates before the step's checkpoint is written, so that both agree."""
 
         def on_train_begin(self, args: Any, trainer_state: Any, control: Any, **_: Any) -> None:
+            if args.gradient_checkpointing and hasattr(trainer.model, "disable_input_require_grads"):
+                # Inputs that want a gradient would carry the backward pass through layers that are not trained.
+                trainer.model.disable_input_require_grads()
+            if started is not None:
+                read_sums(trainer, started)
             if trainer_state.is_world_process_zero:
                 tell(trainer_state.global_step, trainer_state.max_steps, {})
             if state.best_value is None:
@@ -168,13 +196,13 @@ def watch_training(
             skipped = guard.check_step(step)
             if skipped is not None:
                 state.history.append({"kind": "skipped", "step": step, "case_ids": skipped})
-                latest["skipped"] = guard.num_skipped
+                latest["skipped"] = count_skipped(state)
 
         def on_step_end(self, args: Any, trainer_state: Any, control: Any, **_: Any) -> None:
             step = trainer_state.global_step
             if step % validate_every_steps == 0 or step == trainer_state.max_steps:
                 validate(control)
-            elif guard.must_stop:
+            if guard.must_stop and not control.should_training_stop and step < trainer_state.max_steps:
                 control.should_save = control.should_training_stop = True
             if trainer_state.is_world_process_zero:
                 tell(step, trainer_state.max_steps, latest)
@@ -185,13 +213,14 @@ def watch_training(
                 latest.update({key: kept[key] for key in ("loss", "padding_share") if key in kept})
                 state.history.append({"kind": "train", "step": trainer_state.global_step, **kept})
                 if trainer_state.is_world_process_zero:
-                    publish({"step": trainer_state.global_step, "num_skipped": guard.num_skipped, **kept})
+                    publish({"step": trainer_state.global_step, "num_skipped": count_skipped(state), **kept})
 
         def on_save(self, args: Any, trainer_state: Any, control: Any, **_: Any) -> None:
             checkpoint = pathlib.Path(args.output_dir) / f"checkpoint-{trainer_state.global_step}"
             if trainer_state.is_world_process_zero:
                 state.write(checkpoint)
                 shutil.copytree(folder / "best", checkpoint / "best", dirs_exist_ok=True)
+            write_sums(trainer, checkpoint)
             save(trainer_state.global_step, checkpoint)
 
     latest: dict[str, float] = {}
@@ -210,11 +239,17 @@ def watch_training(
         else:
             state.validations_without_gain += 1
             if state.validations_without_gain >= patience:
-                # No checkpoint here: a run that went on from it would train on. It stops here again from the one before.
+                # No checkpoint here: a run that went on from it would train on. From the one before it stops here.
                 control.should_training_stop, control.should_save = True, False
 
+    trainer.remove_callback(transformers.PrinterCallback)  # it prints every logged step to standard output
     trainer.add_callback(Watch())
     return guard
+
+
+def count_skipped(state: TrainingState) -> int:
+    """Steps of the whole run that were skipped, however often it was interrupted."""
+    return sum(row["kind"] == "skipped" for row in state.history)
 
 
 def _broadcast(figures: dict[str, float]) -> dict[str, float]:

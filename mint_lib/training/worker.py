@@ -12,14 +12,14 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from mint_lib.attention import check_attention_window, choose_attention
-from mint_lib.errors import IntegrityError, Interrupted, InvalidInput, MintError
+from mint_lib.errors import IntegrityError, Interrupted, InvalidInput, MintError, RefusedData, StoreUnreachable
 from mint_lib.plugins import parse_plugin_config
 from mint_lib.records import Label, PreferencePair, Reference
 from mint_lib.student import load_reader, load_student, student_digest
 from mint_lib.template import Template
 from mint_lib.training.checkpoint_writer import CheckpointWriter
 from mint_lib.training.checkpoints import Checkpoint, RunCheckpoints
-from mint_lib.training.deepspeed import render_deepspeed
+from mint_lib.training.deepspeed import render_deepspeed, restrict_checkpoint_loading
 from mint_lib.training.frozen_layers import cache_frozen_layers
 from mint_lib.training.method import AlignmentMethod
 from mint_lib.training.on_ray import Driver
@@ -28,7 +28,7 @@ from mint_lib.training.settings import AlignmentConfig
 from mint_lib.training.setup import TrainingSetup
 from mint_lib.training.tree_file import TreeFile, write_trees
 from mint_lib.training.tuning import Tuned, hash_frozen, place_tuned, prepare_tuning
-from mint_lib.training.watch import TrainingState, Validation, draw_cases, watch_training
+from mint_lib.training.watch import TrainingState, Validation, count_skipped, draw_cases, watch_training
 
 if TYPE_CHECKING:
     from mint_lib.reading import Reader
@@ -70,14 +70,14 @@ def train_on_worker(payload: dict[str, Any]) -> None:
 
     driver: Driver = payload["driver"]
     try:
-        if driver.is_stop_asked():
-            raise Interrupted("Training was told to stop before its first step. Run the same command again to go on.")
         with tempfile.TemporaryDirectory(prefix="mint-training-") as scratch:
             _train(payload, pathlib.Path(scratch))
+    except StoreUnreachable:
+        raise  # Ray tries again: a store that was away may be back
     except MintError as error:
         driver.fail(error)
-        if ray.train.get_context().get_world_size() > 1 and not isinstance(error, InvalidInput | Interrupted):
-            raise  # not all workers met it, so others may wait for this one: Ray ends them
+        if ray.train.get_context().get_world_size() > 1 and not isinstance(error, RefusedData | Interrupted):
+            raise  # not all workers may have met it, and others would wait for this one: Ray ends them
 
 
 def _train(payload: dict[str, Any], folder: pathlib.Path) -> None:
@@ -93,8 +93,12 @@ def _train(payload: dict[str, Any], folder: pathlib.Path) -> None:
     if not config.use_gpu:
         torch.set_num_threads(config.cpus_per_worker)
     transformers.utils.logging.set_verbosity_error()
+    if config.deepspeed is not None:
+        restrict_checkpoint_loading()
     started = folder / "started"
-    attempt, resumed = agree_on_start(store, payload["run_id"], started, rank=rank)
+    attempt, resumed, is_stop_asked = agree_on_start(store, payload["run_id"], started, driver, rank=rank)
+    if is_stop_asked:
+        raise Interrupted("Training was told to stop before its first step. Run the same command again to go on.")
     if resumed and (started / OUTCOME).is_file():
         return  # it had finished, and the driver died before it took the result
     transformers.set_seed(config.seed)
@@ -125,7 +129,7 @@ def _train(payload: dict[str, Any], folder: pathlib.Path) -> None:
             trainer,
             last_layers=config.lora.last_layers,
             pad_token_id=reader.tokenizer.pad_token_id,
-            tell=lambda done, total: driver.tell(done, total, {}, activity="frozen layers"),
+            tell=lambda done, total: None if rank else driver.tell(done, total, {}, activity="frozen layers"),
         )
     state = TrainingState()
     if resumed:
@@ -147,6 +151,7 @@ def _train(payload: dict[str, Any], folder: pathlib.Path) -> None:
             is_stop_asked=driver.watch_for_stop() if rank == 0 else lambda: False,
             tell=driver.tell,
             save=writer.save,
+            started=started if resumed else None,
             publish=lambda figures: metrics.publish(figures | {"num_failed_checkpoints": writer.num_failed}),
         )
         if rank == 0:
@@ -181,18 +186,27 @@ def _train(payload: dict[str, Any], folder: pathlib.Path) -> None:
         writer.save(trainer.state.max_steps + 1, result, wait=True)
 
 
-def agree_on_start(store: "Store", run_id: str, folder: pathlib.Path, *, rank: int) -> tuple[str, Checkpoint | None]:
-    """A random word for this attempt, and the checkpoint that all workers go on from, restored to `folder`."""
+def agree_on_start(
+    store: "Store", run_id: str, folder: pathlib.Path, driver: Driver, *, rank: int
+) -> tuple[str, Checkpoint | None, bool]:
+    """What all workers begin with, as the first one finds it.
+
+    Returns:
+        A random word for this attempt; the checkpoint to go on from, restored to `folder`, if there is one; and whether
+        the run is to end at once.
+    """
     import torch.distributed
 
     checkpoints = RunCheckpoints(store, run_id)
-    found: list[Any] = [secrets.token_hex(8), checkpoints.restore(folder) if rank == 0 else None]
+    found: list[Any] = ["", None, False]
+    if rank == 0:
+        found = [secrets.token_hex(8), checkpoints.restore(folder), driver.is_stop_asked()]
     if torch.distributed.is_initialized():
         torch.distributed.broadcast_object_list(found, src=0)
-    attempt, checkpoint = found
+    attempt, checkpoint, is_stop_asked = found
     if rank and checkpoint:
         checkpoints.download(checkpoint, folder)
-    return attempt, checkpoint
+    return attempt, checkpoint, is_stop_asked
 
 
 def _prepare_student(config: AlignmentConfig, method: type[AlignmentMethod]) -> Tuned:
@@ -266,7 +280,7 @@ def _count(
         "num_cut_prompts": trees.num_cut_prompts,
         "num_cut_tokens": trees.num_cut_tokens,
         "num_steps": trainer.state.global_step,
-        "num_skipped_steps": sum(row["kind"] == "skipped" for row in state.history),
+        "num_skipped_steps": count_skipped(state),
         "num_trainable_parameters": tuned.num_trained,
     }
 

@@ -76,17 +76,18 @@ def test_guard_that_skips_too_often_in_a_row_stops(tmp_path, monkeypatch):
         trainer.train()
 
 
-def test_guard_asked_to_stop_writes_a_checkpoint_at_a_step_without_validation(tmp_path):
+def test_guard_asked_to_stop_validates_if_it_is_time_and_writes_a_checkpoint(tmp_path):
     trainer, reader = build("orpo", tmp_path, config_of(epochs=4, checkpoint_every_steps=100))
-    saved = []
+    saved, state = [], TrainingState()
     options = {
         "save": lambda step, folder: saved.append((step, sorted(path.name for path in folder.iterdir()))),
         "is_stop_asked": lambda: trainer.state.global_step >= 3,
     }
-    _, guard = watch(trainer, reader, tmp_path, TrainingState(), validate_every_steps=4, **options)
+    _, guard = watch(trainer, reader, tmp_path, state, validate_every_steps=4, **options)
     trainer.train()
     assert guard.must_stop
-    assert [step for step, _ in saved] == [5], "asked in the step that makes it 4, which validates"
+    assert [step for step, _ in saved] == [4]
+    assert [row["step"] for row in state.history if row["kind"] == "validation"] == [0, 4]
     assert {"adapter_model.safetensors", "optimizer.pt", "state.json", "best"} <= set(saved[0][1])
 
 

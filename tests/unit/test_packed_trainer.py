@@ -21,6 +21,10 @@ def first_gradient(folder, *, batch_tokens, idle=False, **values):
     for name, parameter in trainer.model.named_parameters():
         if "lora_B" in name:
             parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    if config.activations == "recompute":  # transformers turns it on when a training begins
+        trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
+        trainer.model.train()
+        assert trainer.model.is_gradient_checkpointing
     step = next(iter(trainer.get_train_dataloader()))
     if idle:
         step["passes"].append(step["passes"][0])

@@ -24,14 +24,21 @@ def steps_of(num_workers, epoch=0, **changes):
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 3, 5])
-def test_order_steps_and_passes_do_not_depend_on_the_number_of_workers(num_workers):
+def test_order_steps_do_not_depend_on_the_number_of_workers(num_workers):
     alone = steps_of(1)
     shared = steps_of(num_workers)
     assert len(shared) == len(alone) == len(order_of()) == 7
     for (passes,), dealt in zip(alone, shared, strict=True):
-        counted = [one.trees for worker in dealt for one in worker if one.counts]
-        assert sorted(counted) == sorted(one.trees for one in passes)
+        seen = sorted(tree for worker in dealt for one in worker if one.counts for tree in one.trees)
+        assert seen == sorted(tree for one in passes for tree in one.trees)
         assert len({len(worker) for worker in dealt}) == 1, "everybody makes as many passes"
+
+
+@pytest.mark.parametrize("batch_tokens", [400, 10**6])
+def test_order_two_workers_have_about_as_much_to_do(batch_tokens):
+    for dealt in steps_of(2, batch_tokens=batch_tokens, trees_per_batch=16)[:-1]:
+        places = [sum(LENGTHS[list(one.trees)].sum() for one in worker if one.counts) for worker in dealt]
+        assert max(places) - min(places) <= LENGTHS.max()
 
 
 def test_order_every_tree_is_seen_once_an_epoch_and_in_another_order_in_the_next():
@@ -56,7 +63,8 @@ def test_order_passes_hold_at_most_the_tokens_asked_for_padding_included():
 
 def test_order_worker_without_a_pass_of_its_own_runs_one_that_does_not_count():
     dealt = steps_of(5, trees_per_batch=2, batch_tokens=10**6)[0]
-    assert [one.counts for worker in dealt for one in worker] == [True, False, False, False, False]
+    assert sorted(one.counts for (one,) in dealt) == [False, False, False, True, True]
+    assert len({one.trees for (one,) in dealt if one.counts}) == 2
 
 
 def test_order_is_taken_up_in_the_middle_of_an_epoch():

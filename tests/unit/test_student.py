@@ -9,14 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mint_lib import student_weights
-from mint_lib.errors import InvalidInput, PromptTooLong
-from mint_lib.reading import TextReader
+from mint_lib.errors import InvalidInput
+from mint_lib.reading import TextReader, encode_answer, encode_prompt
 from mint_lib.records import Label, Turn
 from mint_lib.student import (
     StudentConfig,
-    encode_answer,
     encode_first_items,
-    encode_prompt,
     generate_answers,
     load_student,
     load_tokenizer,
@@ -56,14 +54,6 @@ def test_student_prompt_ends_where_the_answer_begins(tokenizer):
         [*(turn.model_dump() for turn in turns), {"role": "assistant", "content": "Noonan"}], return_dict=False
     )
     assert encode_prompt(tokenizer, turns) + encode_answer(tokenizer, "Noonan") == whole
-
-
-def test_student_long_prompt_is_refused_with_counts_and_case_id(tokenizer):
-    prompt = [Turn(role="user", content="x y " * 50)]
-    num_tokens = len(encode_prompt(tokenizer, prompt))
-    with pytest.raises(PromptTooLong, match=rf"case-7 has {num_tokens} tokens.*window is {num_tokens - 1}"):
-        encode_prompt(tokenizer, prompt, window_tokens=num_tokens - 1, case_id="case-7")
-    assert len(encode_prompt(tokenizer, prompt, window_tokens=num_tokens)) == num_tokens
 
 
 @pytest.mark.parametrize("num_answers", [1, 3])
@@ -132,7 +122,7 @@ def test_student_folder_with_pickled_weights_only_is_refused(tmp_path):
 
 def test_student_adapter_without_safetensors_is_refused(tmp_path):
     torch.save({}, tmp_path / "adapter_model.bin")
-    with pytest.raises(InvalidInput, match=r"no adapter_model\.safetensors"):
+    with pytest.raises(InvalidInput, match=r"neither adapter_model\.safetensors"):
         load_student(TINY, tmp_path)
 
 
