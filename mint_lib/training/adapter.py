@@ -178,5 +178,8 @@ def _compute_in_float32(module: "torch.nn.Module") -> None:
     if around == torch.float32:
         return
     module.float()
-    module.register_forward_pre_hook(lambda _, inputs: tuple(value.float() for value in inputs))
+    # DeepSpeed casts every weight back, so the inputs follow the weights.
+    module.register_forward_pre_hook(
+        lambda module, inputs: tuple(value.to(next(module.parameters()).dtype) for value in inputs)
+    )
     module.register_forward_hook(lambda _, _inputs, output: output.to(around))
