@@ -76,7 +76,8 @@ def build(method_name, folder, config=None, pairs=PAIRS):
         rank=0,
         num_workers=1,
     )
-    return plugin(plugin.Config(**config.method_config), reader=reader).build_trainer(model, trees=trees, setup=setup), reader
+    method = plugin(plugin.Config(**config.method_config), reader=reader)
+    return method.build_trainer(model, trees=trees, setup=setup), reader
 
 
 def watch(trainer, reader, folder, state, **changes):

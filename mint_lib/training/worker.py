@@ -5,8 +5,10 @@ Goes in: an `AlignmentConfig`, its method, the store and a version of `preferenc
 """
 
 import json
+import os
 import pathlib
 import secrets
+import shutil
 import tempfile
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from mint_lib.store import Store
 
 _LOGS_PER_VALIDATION = 5
+_SCRATCH_PREFIX = "mint-training-"
 OUTCOME = "outcome.json"
 """Only the checkpoint of a finished run holds it."""
 
@@ -70,7 +73,8 @@ def train_on_worker(payload: dict[str, Any]) -> None:
 
     driver: Driver = payload["driver"]
     try:
-        with tempfile.TemporaryDirectory(prefix="mint-training-") as scratch:
+        remove_left_scratch()
+        with tempfile.TemporaryDirectory(prefix=f"{_SCRATCH_PREFIX}{os.getpid()}-") as scratch:
             _train(payload, pathlib.Path(scratch))
     except StoreUnreachable:
         raise  # Ray tries again: a store that was away may be back
@@ -78,6 +82,18 @@ def train_on_worker(payload: dict[str, Any]) -> None:
         driver.fail(error)
         if ray.train.get_context().get_world_size() > 1 and not isinstance(error, RefusedData | Interrupted):
             raise  # not all workers may have met it, and others would wait for this one: Ray ends them
+
+
+def remove_left_scratch() -> None:
+    """Remove the folders of workers that were killed: they hold prompts and images of patients."""
+    for folder in pathlib.Path(tempfile.gettempdir()).glob(f"{_SCRATCH_PREFIX}*-*"):
+        pid = folder.name.removeprefix(_SCRATCH_PREFIX).partition("-")[0]
+        try:
+            os.kill(int(pid), 0)
+        except ProcessLookupError:
+            shutil.rmtree(folder, ignore_errors=True)
+        except (ValueError, PermissionError):
+            continue  # not one of these, or somebody else's
 
 
 def _train(payload: dict[str, Any], folder: pathlib.Path) -> None:

@@ -1,6 +1,9 @@
 """A training that goes on from a checkpoint between two logged steps, and what its backward pass runs through."""
 
+import os
 import shutil
+import subprocess
+import tempfile
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ from tiny_alignment import PAIRS, build, config_of, watch
 from mint_lib.errors import RefusedData
 from mint_lib.training.adapter import LoraConfig
 from mint_lib.training.watch import TrainingState
+from mint_lib.training.worker import remove_left_scratch
 
 
 def run(folder, config, *, saved=None, started=None):
@@ -45,6 +49,18 @@ def test_resumed_training_logs_what_the_unbroken_one_logs(method, tmp_path):
     assert len([row for row in history if row["kind"] == "train"]) >= 2
     assert same == history
     assert all(torch.equal(weights[name], again[name]) for name in weights)
+
+
+def test_scratch_of_a_killed_worker_is_removed_by_the_next(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with subprocess.Popen(["true"]) as gone:
+        gone.wait()
+    names = [f"mint-training-{gone.pid}-a", f"mint-training-{os.getpid()}-b", "mint-training-c-d", "mint-other-1-e"]
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "trees.arrow").write_text("x")
+    remove_left_scratch()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names[1:])
 
 
 def test_recomputed_activations_leave_frozen_layers_alone(tmp_path):
