@@ -123,8 +123,8 @@ def fit_prompt(
     num_tokens = len(read.ids)
     if num_tokens <= room_tokens:
         return FittedPrompt(read, tuple(prompt), 0)
-    wrong = f"The prompt of case {case_id} has {num_tokens} tokens; its longest answer leaves it {room_tokens} of the "
-    wrong += "student's window."
+    wrong = f"The prompt of case {case_id} has {num_tokens} tokens; its longest answer leaves it "
+    wrong += f"{max(0, room_tokens)} of the student's window."
     raise_window = "Raise student.window_tokens, or shorten the case text or the lists"
     if over_long == "refuse":
         raise PromptTooLong(f"{wrong} {raise_window}; student.over_long: cut_prompt cuts the text's beginning.")

@@ -119,15 +119,15 @@ def _train(payload: dict[str, Any], folder: pathlib.Path) -> None:
         return  # it had finished, and the driver died before it took the result
     transformers.set_seed(config.seed)
     reader = load_reader(config.student)
+    validation_pairs = draw_cases(
+        PairStream(store, preferences, "validation.parquet"), config.validation_cases, seed=config.seed
+    )
     trees = write_trees(
         PairStream(store, preferences, "train.parquet"),
         folder / "trees.arrow",
         reader=reader,
         window_tokens=config.student.window_tokens,
         over_long=config.student.over_long,
-    )
-    validation_pairs = draw_cases(
-        PairStream(store, preferences, "validation.parquet"), config.validation_cases, seed=config.seed
     )
     validation = Validation(
         pairs=validation_pairs,
