@@ -75,8 +75,9 @@ def load_student(store: "Store", text: str, *, name: str, engines: Engines, opti
         BaseFiles(store, facts.student, stored=holder, digest=digest) as files,
         ThreadPoolExecutor(1, thread_name_prefix="imports") as pool,
     ):
-        # The download begins before the imports, which leave other threads little of the interpreter.
-        if not engines.has(BaseKey(digest, first)):
+        # The download begins before the imports, which leave other threads little of the interpreter. A base on this
+        # machine may have to be converted, which imports the same libraries: two threads at once see half of them.
+        if holder is not None and not engines.has(BaseKey(digest, first)):
             files.start()
         load = _Load(store, stored, digest, name, engines, options, files, pool.submit(import_libraries), started)
         return load.through_gate() if options.precision == "int8" else load.in_precision(first)
