@@ -9,7 +9,7 @@ import hashlib
 import json
 import pathlib
 import tempfile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from mint_lib.errors import InvalidInput
 from mint_lib.plugins import load_plugin, parse_plugin_config
@@ -26,12 +26,17 @@ if TYPE_CHECKING:
     from mint_lib.store import Store
 
 
-def align_student(config: AlignmentConfig, *, store: "Store", preferences: Reference) -> Reference:
+def align_student(
+    config: AlignmentConfig, *, store: "Store", preferences: Reference, start: Reference | None = None
+) -> Reference:
     """A version of `student` trained on `preferences`. On one CPU worker the same seed and pairs give the same digest.
+
+    Training begins with the base, or with what `start`, a version of `student`, trained on it. The result holds both.
 
     Raises:
         InvalidInput: there are no training or no validation pairs, the pairs hold images and the student reads none or
-            the other way round, or the batch cannot be divided over the workers.
+            the other way round, the batch cannot be divided over the workers, or `start` is of another base or holds
+            trained weights that this training has no place for.
         PromptTooLong: a prompt and its answer exceed the student's window, and such prompts are not to be cut.
         RefusedData: a loss or gradient is not finite; carries the case ids.
         OutOfMemory: a pass does not fit the memory; names its shape.
@@ -42,12 +47,22 @@ def align_student(config: AlignmentConfig, *, store: "Store", preferences: Refer
     check_method(config, method)
     if config.deepspeed is not None:
         check_deepspeed(config.deepspeed)
+    if start is not None:
+        check_start(config, start, store)
     key = f"{config.model_dump_json()} {preferences.digest} {code_version()}"
+    if start is not None:
+        key += f" {start.digest}"
     run_id = f"alignment-{hashlib.sha256(key.encode()).hexdigest()[:24]}"
     with tempfile.TemporaryDirectory(prefix="mint-student-") as scratch:
         folder = train_on_ray(
             train_on_worker,
-            {"config": config, "method": method, "store": store, "preferences": str(preferences)},
+            {
+                "config": config,
+                "method": method,
+                "store": store,
+                "preferences": str(preferences),
+                "start": str(start) if start is not None else None,
+            },
             resources=WorkerResources(
                 num_workers=config.num_workers,
                 min_workers=config.min_workers or config.num_workers,
@@ -61,7 +76,7 @@ def align_student(config: AlignmentConfig, *, store: "Store", preferences: Refer
             target=pathlib.Path(scratch) / "result",
             result_file=OUTCOME,
         )
-        student = _write_student(config, store, preferences, folder)
+        student = _write_student(config, store, preferences, start, folder)
     forget_run(store, run_id)
     return student
 
@@ -87,7 +102,34 @@ def check_method(config: AlignmentConfig, method: type[AlignmentMethod]) -> None
             )
 
 
-def _write_student(config: AlignmentConfig, store: "Store", preferences: Reference, folder: pathlib.Path) -> Reference:
+def check_start(config: AlignmentConfig, start: Reference, store: "Store") -> None:
+    """Refuse a start that is no student of this base and this kind of tuning.
+
+    Raises:
+        InvalidInput: with both.
+    """
+    if start.kind != "student":
+        raise InvalidInput(f"{start} is no student. Alignment can start from its base, or from a version of student.")
+    facts = cast(dict[str, Any], store.read_json(start, "student.json"))
+    adapted = config.tuning == "adapter"
+    wanted = {"student": config.student.model_dump(mode="json"), "tuning": config.tuning}
+    # The update of a matrix is scaled by these, so that the same numbers mean another one under other settings.
+    scales = ("rank", "alpha", "scaling", "update")
+    wanted |= {f"lora.{name}": getattr(config.lora, name) for name in scales if adapted}
+    given = {"student": facts["student"], "tuning": facts["tuning"]}
+    given |= {f"lora.{name}": facts["lora"][name] for name in scales if adapted}
+    different = [name for name in wanted if wanted[name] != given[name]]
+    if different:
+        raise InvalidInput(
+            f"Training cannot start from {start.kind}/{start.name}@{start.version}: its "
+            + ", ".join(f"{name} is {given[name]} and not {wanted[name]}" for name in different)
+            + ". Give both stages the same."
+        )
+
+
+def _write_student(
+    config: AlignmentConfig, store: "Store", preferences: Reference, start: Reference | None, folder: pathlib.Path
+) -> Reference:
     """Commit what the workers left in `folder`."""
     outcome = json.loads((folder / OUTCOME).read_text())
     history, counts = outcome["history"], outcome["counts"]
@@ -121,7 +163,7 @@ def _write_student(config: AlignmentConfig, store: "Store", preferences: Referen
             StageRecord(
                 stage="alignment",
                 config=config.model_dump(mode="json"),
-                inputs={"preferences": str(preferences)},
+                inputs={"preferences": str(preferences)} | ({"start": str(start)} if start is not None else {}),
                 code_version=code_version(),
                 counts=counts,
                 metrics=metrics,
@@ -133,9 +175,11 @@ def _write_student(config: AlignmentConfig, store: "Store", preferences: Referen
 def _write_notes(config: AlignmentConfig, outcome: dict[str, Any]) -> list[str]:
     """What a reader of the student's record must know."""
     counts = outcome["counts"]
-    notes = [f"agreement is with the teacher's first label on {counts['num_validation_cases']} validation cases"]
+    notes = []
+    if "agreement_mrr" in outcome["history"][0]:
+        notes = [f"agreement is with the teacher's first label on {counts['num_validation_cases']} validation cases"]
     if outcome["best_step"] == 0:
-        notes.append(f"no validation found a better {config.keep_best} than the untrained student's: it was kept")
+        notes.append(f"no validation found a better {config.keep_best} than before the training: that student was kept")
     if counts.get("num_cut_prompts"):
         notes.append(f"{counts['num_cut_prompts']} prompts were too long and lost {counts['num_cut_tokens']} tokens")
     if counts["num_skipped_steps"]:

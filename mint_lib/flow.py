@@ -37,6 +37,7 @@ def list_steps(recipe: Recipe) -> list[Step]:
     rankings = add("teacher", "", {}, {"cases": cases})
     baselines = {name: add("teacher", name, changes, {"cases": cases}) for name, changes in recipe.baselines.items()}
     students: dict[str, str] = {}
+    captioned = _add_captioning(add, recipe, cases, rankings)
     main_preferences = ""
     for arm_name, arm in recipe.arms.items():
         arm_rankings = add("teacher", arm_name, arm.teacher, {"cases": cases}) if arm.teacher else rankings
@@ -50,8 +51,11 @@ def list_steps(recipe: Recipe) -> list[Step]:
                 {"cases": cases, "rankings": arm_rankings},
             )
             main_preferences = main_preferences or pairs
-            student = add("alignment", suffix, arm.alignment | seeded, {"preferences": pairs})
+            start = {"start": captioned} if captioned and arm.captioning else {}
+            student = add("alignment", suffix, arm.alignment | seeded, {"preferences": pairs} | start)
             students[f"{arm_name}/seed-{seed}" if seed is not None else arm_name] = student
+    if captioned:
+        students["captioning"] = captioned
     report = add(
         "evaluation",
         "",
@@ -66,6 +70,16 @@ def list_steps(recipe: Recipe) -> list[Step]:
     )
     add("registry", "", {}, {"student": next(iter(students.values())), "report": report})
     return list(steps.values())
+
+
+def _add_captioning(add: "_StepAdder", recipe: Recipe, cases: str, rankings: str) -> str | None:
+    """The step that teaches the image student to describe images, if the recipe has one."""
+    if recipe.captioning is None:
+        return None
+    changes = {"pairs": "captions"} | recipe.captioning.preferences
+    pairs = add("preferences", "captioning", changes, {"cases": cases, "rankings": rankings})
+    changes = {"keep_best": "loss"} | recipe.captioning.alignment
+    return add("alignment", "captioning", changes, {"preferences": pairs})
 
 
 class _StepAdder:

@@ -83,9 +83,9 @@ def pack_tree(
     if not prompt_ids or any(not answer for answer in answers):
         raise ValueError("a tree needs a prompt and answers of at least one token each")
     num_prompt_places = len(prompt_ids)
-    sources: list[int] = []
-    if with_prompt_edges:
-        sources = [place for place, token in enumerate(prompt_ids[1:]) if token not in unpredicted_ids]
+    sources = list(range(num_prompt_places - 1)) if with_prompt_edges else []
+    if unpredicted_ids:
+        sources = [place for place in sources if prompt_ids[place + 1] not in unpredicted_ids]
     targets = [prompt_ids[place + 1] for place in sources]
     num_prompt_edges = len(targets)
     paths = _number_edges(answers, targets)

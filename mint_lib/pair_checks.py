@@ -1,6 +1,6 @@
-"""Makes preference pairs and checks what the student's tokenizer makes of them.
+"""Makes preference pairs and checks what the student makes of them: its tokenizer, and its image processor.
 
-Goes in: the student's tokenizer, the template, the label set, a case's text and the labels of both sides. Comes out: a
+Goes in: the student's reader, the template, the label set, a case and the labels of both sides. Comes out: a
 `PreferencePair` with its lengths in tokens, or the cause why it is refused; and the figures of a set of pairs. It does
 not know how the labels of a side were drawn.
 """
@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from mint_lib.errors import InvalidInput
-from mint_lib.reading import encode_answer, encode_prompt
+from mint_lib.reading import encode_answer
 from mint_lib.records import Case, Label, PreferencePair
-from mint_lib.template import Template
+from mint_lib.template import Question, Template
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from mint_lib.reading import Reader
 
 
 class Preference(NamedTuple):
@@ -44,20 +44,21 @@ class PairChecker:
 
     def __init__(
         self,
-        tokenizer: "PreTrainedTokenizerBase",
+        reader: "Reader",
         template: Template,
         labels: Sequence[Label],
         window_tokens: int | None,
     ):
         """Check for a student that reads `window_tokens`; None where prompts that are longer will be cut."""
-        self._tokenizer = tokenizer
-        self._template = template
+        self._reader = reader
+        self._tokenizer = tokenizer = reader.tokenizer
+        self.template = template
         self._window_tokens = window_tokens
         self._names = {label.id: label.name for label in labels}
         self._answers: dict[tuple[str, ...], tuple[str, int]] = {}
         added = tokenizer.added_tokens_decoder
         self._control_ids = {*tokenizer.all_special_ids, *(index for index in added if added[index].special)}
-        self._num_control_tokens = self._count_control_tokens(encode_prompt(tokenizer, template.prompt("text")))
+        self._num_control_tokens: int | None = None
         seen: dict[tuple[int, ...], str] = {}
         for label in labels:
             other = seen.setdefault(self._encode((label.id,))[1], label.id)
@@ -72,29 +73,64 @@ class PairChecker:
     ) -> tuple[PreferencePair, PairLengths] | str:
         """The pair and its lengths, or why it is refused: `control_tokens_in_text` or `longer_than_window`.
 
-        The prompt holds the case's text and nothing else of the case.
+        The prompt holds what the template asks about, the case's text or its image, and nothing else of the case.
         """
-        prompt = self._template.prompt(case.text or "")
-        prompt_ids = encode_prompt(self._tokenizer, prompt)
-        if self._count_control_tokens(prompt_ids) != self._num_control_tokens:
-            return "control_tokens_in_text"
         chosen, num_chosen = self._answer(preference.chosen)
         rejected, num_rejected = self._answer(preference.rejected)
-        num_tokens = len(prompt_ids) + max(num_chosen, num_rejected)
-        if self._window_tokens is not None and num_tokens > self._window_tokens:
-            return "longer_than_window"
+        question = self.template.question(case)
+        num_prompt = self._fit(question, case, max(num_chosen, num_rejected))
+        if isinstance(num_prompt, str):
+            return num_prompt
         pair = PreferencePair(
             case_id=case.case_id,
-            prompt=prompt,
+            prompt=question.turns,
+            images=question.images,
             chosen=chosen,
             rejected=rejected,
             chosen_label_ids=preference.chosen,
             rejected_label_ids=preference.rejected,
             teacher_digest=teacher_digest,
-            template_digest=self._template.digest,
+            template_digest=self.template.digest,
             policy=policy,
         )
-        return pair, PairLengths(len(prompt_ids), num_chosen, num_rejected)
+        return pair, PairLengths(num_prompt, num_chosen, num_rejected)
+
+    def make_caption_pair(self, case: Case, other: Case, *, policy: str) -> tuple[PreferencePair, PairLengths] | str:
+        """A pair that prefers the text of `case` to that of `other` as a description of its image; no labels."""
+        question = self.template.caption_question(case)
+        chosen, rejected = case.text or "", other.text or ""
+        encoded = [encode_answer(self._tokenizer, text) for text in (chosen, rejected)]
+        if any(self._count_control_tokens(ids[:-1]) for ids in encoded):
+            return "control_tokens_in_text"
+        num_prompt = self._fit(question, case, max(len(ids) for ids in encoded))
+        if isinstance(num_prompt, str):
+            return num_prompt
+        pair = PreferencePair(
+            case_id=case.case_id,
+            prompt=question.turns,
+            images=question.images,
+            chosen=chosen,
+            rejected=rejected,
+            chosen_label_ids=(),
+            rejected_label_ids=(),
+            teacher_digest="",
+            template_digest=self.template.digest,
+            policy=policy,
+        )
+        return pair, PairLengths(num_prompt, *(len(ids) for ids in encoded))
+
+    def _fit(self, question: Question, case: Case, num_answer: int) -> int | str:
+        """Tokens of the prompt, or why it is refused beside an answer of `num_answer` tokens."""
+        # The words of the template alone, so that what a case's text adds can be told.
+        if self._num_control_tokens is None and self.template.reads == "text":
+            plain = self._reader.read(self.template.prompt("text"))
+            self._num_control_tokens = self._count_control_tokens(plain.ids)
+        num_prompt = len(ids := self._reader.read(question.turns, question.images, case_id=case.case_id).ids)
+        if self._num_control_tokens is not None and self._count_control_tokens(ids) != self._num_control_tokens:
+            return "control_tokens_in_text"
+        if self._window_tokens is not None and num_prompt + num_answer > self._window_tokens:
+            return "longer_than_window"
+        return num_prompt
 
     def _answer(self, label_ids: tuple[str, ...]) -> tuple[str, int]:
         """A checked answer and its number of tokens."""
@@ -106,10 +142,10 @@ class PairChecker:
     def _encode(self, label_ids: tuple[str, ...]) -> tuple[str, tuple[int, ...]]:
         """An answer and its tokens, after these gave back the answer to the byte and its names in their order."""
         names = [self._names[label_id] for label_id in label_ids]
-        answer = self._template.answer(names)
+        answer = self.template.answer(names)
         *span, end_of_turn = encode_answer(self._tokenizer, answer)
         decoded = self._tokenizer.decode(span, clean_up_tokenization_spaces=False)
-        whole = decoded == answer and self._template.parse(decoded) == names
+        whole = decoded == answer and self.template.parse(decoded) == names
         if not whole or self._count_control_tokens(span):
             raise InvalidInput(
                 f"The student's tokenizer does not give the labels {', '.join(label_ids)} back from an answer's "
@@ -139,7 +175,7 @@ def describe_pairs(
         "num_pairs_without_diagnosis": sum(truth_of[pair.case_id] is None for pair in pairs),
         "num_chosen_with_diagnosis": sum(truth_of[pair.case_id] in pair.chosen_label_ids for pair in pairs),
         "num_rejected_with_diagnosis": sum(truth_of[pair.case_id] in pair.rejected_label_ids for pair in pairs),
-        "first_chosen_label": _count(pair.chosen_label_ids[0] for pair in pairs),
+        "first_chosen_label": _count(pair.chosen_label_ids[0] for pair in pairs if pair.chosen_label_ids),
         "rejected_labels": _count(label_id for pair in pairs for label_id in pair.rejected_label_ids),
         "prompt_tokens": _summarise(prompt),
         "chosen_tokens": _summarise(chosen),

@@ -1,9 +1,10 @@
 """Preferences: turns a teacher's rankings into prompts with a chosen and a rejected answer.
 
 Goes in: a version of `cases` and the `rankings` of a teacher for it. Comes out: a version of `preferences` with the
-pairs of train and validation, the template file that made their prompts, the label set, and `checks.json`. Only the
-text of a case reaches a prompt: the student learns from the ranking what the teacher saw in the photo. Everything is
-checked after tokenisation with the student's own tokenizer, before anything is written. Test cases are not read.
+pairs of train and validation, the template file that made their prompts, the label set, and `checks.json`. Of a case,
+only the text or only the image reaches a prompt, as the student reads: what the teacher saw beside it, the student
+learns from the ranking. Everything is checked as the student's own tokenizer and image processor read it, before
+anything is written. Test cases are not read.
 """
 
 import hashlib
@@ -21,7 +22,7 @@ from mint_lib.pair_checks import PairChecker, PairLengths, Preference, describe_
 from mint_lib.progress import track_progress
 from mint_lib.records import Case, Label, Name, PreferencePair, Ranking, Reference, Split, StageRecord, code_version
 from mint_lib.rows import pair_schema
-from mint_lib.student import StudentConfig, load_tokenizer
+from mint_lib.student import StudentConfig, load_reader
 from mint_lib.template import Template, normalise_name
 
 if TYPE_CHECKING:
@@ -45,6 +46,9 @@ class PreferencesConfig(BaseModel):
     """The student whose tokenizer and window the pairs are checked with."""
     template: str = "rare_disease"
     """File of `mint_lib/templates`."""
+    pairs: Literal["ranking", "captions"] = "ranking"
+    """`captions` prefers a case's own text to another case's as the description of its image, and looks at no ranking:
+    what an image student's projector is trained on before the alignment (PeFoMed's first stage)."""
     top_k: int = Field(default=10, ge=1, le=99)
     """Names in a chosen answer, the teacher's most probable first; the prompt asks for as many. MINT: 10."""
     bottom_q: int = Field(default=15, ge=1, le=99)
@@ -78,6 +82,8 @@ class PreferencesConfig(BaseModel):
             raise ValueError("pairs_per_case above 1 and sample_from_ranks need rejected: sampled")
         if self.sample_from_ranks is not None and self.sample_from_ranks < self.bottom_q:
             raise ValueError(f"sample_from_ranks {self.sample_from_ranks} is less than bottom_q {self.bottom_q}")
+        if self.pairs == "captions" and (self.student.reads != "image" or self.control != "none"):
+            raise ValueError("pairs: captions is for image students (student.reads: image), without a control")
         if self.control == "shuffled_teacher" and self.ground_truth == "drop":
             raise ValueError("ground_truth: drop would undo shuffled_teacher, as it keeps only the right rankings")
         return self
@@ -93,11 +99,12 @@ def build_pairs(config: PreferencesConfig, *, store: "Store", cases: Reference, 
         PromptTooLong: the only rule broken is that prompt and answer must fit the student's window.
     """
     labels = TypeAdapter(list[Label]).validate_python(store.read_json(cases, "labels.json"))
-    template = Template.load(config.template).with_num_answers(config.top_k)
+    template = Template.load(config.template).with_num_answers(config.top_k).with_label_names(labels)
+    check_template(template, config)
     check_label_set(labels, config)
     student = config.student
     window_tokens = student.window_tokens if student.over_long == "refuse" else None
-    checker = PairChecker(load_tokenizer(student), template, labels, window_tokens)
+    checker = PairChecker(load_reader(student), template, labels, window_tokens)
     pairs: dict[Split, list[PreferencePair]] = {}
     checks: dict[str, Any] = {}
     for split in _PAIRED_SPLITS:
@@ -120,6 +127,15 @@ def build_pairs(config: PreferencesConfig, *, store: "Store", cases: Reference, 
                 code_version=code_version(),
                 counts=counts,
             )
+        )
+
+
+def check_template(template: Template, config: PreferencesConfig) -> None:
+    """Refuse a template that asks about what the student does not read. Raises InvalidInput."""
+    if template.reads != config.student.reads:
+        raise InvalidInput(
+            f"preferences.template {config.template} asks about {template.reads}, and the student reads "
+            f"{config.student.reads}. Choose a template of the student's kind, or another student."
         )
 
 
@@ -162,19 +178,22 @@ def pair_split(
 ) -> tuple[list[PreferencePair], dict[str, Any]]:
     """The pairs of one split, and what `checks.json` says of it. Raises as `build_pairs` does."""
     ranking_of = _rankings_by_case(cases, rankings, labels, split)
-    eligible, dropped = _select_cases(cases, ranking_of, config, split)
+    eligible, dropped = _select_cases(cases, ranking_of, config, split, checker.template)
     used = _shuffle(ranking_of, eligible, config, split) if config.control == "shuffled_teacher" else ranking_of
+    others = _deal_others(eligible, config, split) if config.pairs == "captions" else {}
     pairs: list[PreferencePair] = []
     lengths: list[PairLengths] = []
     refused: dict[str, list[str]] = {}
     for case in track_progress(eligible, f"preferences: {split}", total=len(eligible)):
-        preferences = draw_preferences(case, used[case.case_id], config)
-        if isinstance(preferences, str):
-            dropped[preferences] += 1
-            continue
-        digest = used[case.case_id].teacher_digest
-        policy = describe_policy(config)
-        made = [checker.make_pair(case, preference, teacher_digest=digest, policy=policy) for preference in preferences]
+        if config.pairs == "captions":
+            made = [checker.make_caption_pair(case, others[case.case_id], policy=describe_policy(config))]
+        else:
+            preferences = draw_preferences(case, used[case.case_id], config)
+            if isinstance(preferences, str):
+                dropped[preferences] += 1
+                continue
+            digest, policy = used[case.case_id].teacher_digest, describe_policy(config)
+            made = [checker.make_pair(case, item, teacher_digest=digest, policy=policy) for item in preferences]
         causes = [cause for cause in made if isinstance(cause, str)]
         if causes:
             refused.setdefault(causes[0], []).append(case.case_id)
@@ -223,6 +242,8 @@ def draw_preferences(case: Case, ranking: Ranking, config: PreferencesConfig) ->
 
 def describe_policy(config: PreferencesConfig) -> str:
     """The policy in one string, as pairs carry it."""
+    if config.pairs == "captions":
+        return "captions"
     return (
         f"top{config.top_k}-{config.rejected}{config.bottom_q}/ground-truth={config.ground_truth}"
         f"/control={config.control}"
@@ -253,12 +274,20 @@ def _rankings_by_case(
 
 
 def _select_cases(
-    cases: Sequence[Case], ranking_of: Mapping[str, Ranking], config: PreferencesConfig, split: Split
+    cases: Sequence[Case],
+    ranking_of: Mapping[str, Ranking],
+    config: PreferencesConfig,
+    split: Split,
+    template: Template,
 ) -> tuple[list[Case], Counter[str]]:
     """Cases that may give pairs, in their order, and how many may not, by cause."""
     dropped: Counter[str] = Counter()
-    kept = [case for case in cases if case.text and case.text.strip()]
-    dropped["no_text"] = len(cases) - len(kept)
+    kept = [case for case in cases if template.can_ask(case)]
+    dropped[f"no_{template.reads}"] = len(cases) - len(kept)
+    if config.pairs == "captions":
+        described = [case for case in kept if case.text and case.text.strip()]
+        dropped["no_caption"] = len(kept) - len(described)
+        kept = described
     sure = [case for case in kept if ranking_of[case.case_id].probabilities[0] >= config.confidence_floor]
     dropped["below_confidence_floor"] = len(kept) - len(sure)
     limit = config.max_train_cases if split == "train" else config.max_validation_cases
@@ -267,6 +296,20 @@ def _select_cases(
         dropped["above_max_cases"] = len(sure) - limit
         sure = [sure[place] for place in sorted(order[:limit])]
     return sure, dropped
+
+
+def _deal_others(cases: Sequence[Case], config: PreferencesConfig, split: Split) -> dict[str, Case]:
+    """For every case another one, drawn among those whose text differs."""
+    if len({case.text for case in cases}) < 2:
+        raise RefusedData(f"{split}: the {len(cases)} cases have one text, so no other caption could be rejected.")
+    others: dict[str, Case] = {}
+    for case in cases:
+        rng = _case_rng(config.seed, case.case_id)
+        other = case
+        while other.text == case.text:
+            other = cases[int(rng.integers(len(cases)))]
+        others[case.case_id] = other
+    return others
 
 
 def _shuffle(

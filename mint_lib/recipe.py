@@ -54,6 +54,19 @@ class Arm(BaseModel):
     """Keys of the `preferences` section that differ."""
     alignment: dict[str, Any] = {}
     """Keys of the `alignment` section that differ."""
+    captioning: bool = True
+    """Start from the student that learned to describe images, where the recipe has such a stage."""
+
+
+class Captioning(BaseModel):
+    """A stage before the alignment: the image student learns to describe images (PeFoMed's first of two stages)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    preferences: dict[str, Any] = {}
+    """Keys of the `preferences` section that differ, beside `pairs: captions`."""
+    alignment: dict[str, Any] = {}
+    """Keys of the `alignment` section that differ; `keep_best: loss` unless it says otherwise."""
 
 
 class Recipe(BaseModel):
@@ -74,6 +87,8 @@ class Recipe(BaseModel):
     """Further teachers that are only measured: keys of the `teacher` section that differ."""
     preferences: PreferencesConfig
     alignment: AlignmentConfig
+    captioning: Captioning | None = None
+    """What image students learn first; None: they are aligned from their base. It is measured as `captioning`."""
     arms: dict[Name, Arm] = Field(default={"orpo": Arm()}, min_length=1)
     """The students to make on this data; the first is the main one, which is registered."""
     student_seeds: tuple[int, ...] = ()
@@ -104,7 +119,11 @@ class Recipe(BaseModel):
         return values
 
     @model_validator(mode="after")
-    def _has_distinct_seeds(self) -> Self:
+    def _is_consistent(self) -> Self:
+        if self.captioning is not None and self.student.reads != "image":
+            raise ValueError("captioning is for students that read images: set student.reads to image, or leave it out")
+        if "captioning" in self.arms:
+            raise ValueError("an arm cannot be called captioning: the stage before the alignment is measured as that")
         if len(set(self.student_seeds)) != len(self.student_seeds):
             raise ValueError("student_seeds holds a seed twice")
         return self

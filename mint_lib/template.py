@@ -1,8 +1,9 @@
 """The prompt a student is trained and served with, and the answer it is asked for, from one file.
 
-Goes in: a template file of `mint_lib/templates` (or its bytes, as a version holds them) and a case's text. Comes out:
-the prompt's turns, the answer for a ranked list of names, and the names of an answer. The elements are MINT's: a role
-and a task, a header, numbered lines, names in single quotes, the exact count. It knows neither tokens nor labels.
+Goes in: a template file of `mint_lib/templates` (or its bytes, as a version holds them) and a case. Comes out: what the
+student is asked, the answer for a ranked list of names, and the names of an answer. A template asks about a text or
+about an image, never both: of a case, a student is shown the one that it reads. The elements are MINT's: a role and a
+task, a header, numbered lines, names in single quotes, the exact count. It knows no tokens.
 """
 
 import hashlib
@@ -10,14 +11,14 @@ import pathlib
 import re
 import unicodedata
 from collections.abc import Sequence
-from typing import Self
+from typing import Literal, NamedTuple, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mint_lib.errors import InvalidInput, RecipeError
 from mint_lib.plugins import describe_validation_error
-from mint_lib.records import Turn
+from mint_lib.records import Case, Label, Turn
 
 _FOLDER = pathlib.Path(__file__).parent / "templates"
 _QUOTES = {"'": "'", '"': '"', "`": "`", "\u2018": "\u2019", "\u201c": "\u201d"}
@@ -26,11 +27,21 @@ _BULLET = re.compile(r"\s*[-*\u2022]\s+")
 _COUNT_LINE = re.compile(r"^num_answers:[^\n]*$", re.MULTILINE)
 
 
+class Question(NamedTuple):
+    """What a student is asked about a case."""
+
+    turns: tuple[Turn, ...]
+    images: tuple[bytes, ...]
+    """Encoded images, which stand before the text of the first user turn."""
+
+
 class _Content(BaseModel):
     """What a template file holds."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
+    reads: Literal["text", "image"] = "text"
+    """What a case shows of itself."""
     num_answers: int = Field(ge=1, le=99)
     """How many names the prompt asks for, and so how many a chosen answer holds."""
     header: str = Field(pattern=r"^\S(?:.*\S)?$")
@@ -38,13 +49,20 @@ class _Content(BaseModel):
     system: str
     """Role and task. Empty: no system turn."""
     user: str
-    """User turn with `{case_text}` and `{num_answers}`."""
+    """User turn with `{num_answers}`, `{case_text}` where it asks about a text, and `{label_names}` where it is to list
+    the answers to choose from."""
+    caption: str = ""
+    """User turn that asks for a description of an image; empty: the template has no such task."""
 
     @model_validator(mode="after")
     def _has_its_places(self) -> Self:
-        for place in ("{case_text}", "{num_answers}"):
-            if self.user.count(place) != 1:
-                raise ValueError(f"the user turn must hold {place} exactly once, not {self.user.count(place)} times")
+        wanted = {"{case_text}": int(self.reads == "text"), "{num_answers}": 1}
+        for place, count in wanted.items():
+            if self.user.count(place) != count:
+                raise ValueError(
+                    f"the user turn of a template that reads {self.reads} must hold {place} {count} times, not "
+                    f"{self.user.count(place)}"
+                )
         if self.header not in self.user:
             raise ValueError(f"the user turn must show the header {self.header!r} that answers begin with")
         return self
@@ -101,16 +119,54 @@ class Template:
             raise InvalidInput("The template file needs a line `num_answers: <count>` of its own. Add it.")
         return changed
 
+    def with_label_names(self, labels: Sequence[Label]) -> Self:
+        """The same template with the names of `labels` where it is to list them."""
+        if "{label_names}" not in self._content.user:
+            return self
+        names = ", ".join(label.name for label in labels)
+        content = self._content.model_dump() | {"user": self._content.user.replace("{label_names}", names)}
+        text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=1_000_000)
+        return type(self).from_bytes(text.encode())
+
+    @property
+    def reads(self) -> Literal["text", "image"]:
+        """What a case shows of itself."""
+        return self._content.reads
+
     @property
     def num_answers(self) -> int:
         """How many names the prompt asks for."""
         return self._content.num_answers
 
-    def prompt(self, case_text: str) -> tuple[Turn, ...]:
+    def can_ask(self, case: Case) -> bool:
+        """Whether `case` has what the template asks about."""
+        return case.image is not None if self.reads == "image" else bool(case.text and case.text.strip())
+
+    def question(self, case: Case) -> Question:
+        """What a student is asked about `case`: its text, or its image, and nothing else of it."""
+        if self.reads == "text":
+            return Question(self.prompt(case.text or ""), ())
+        return Question(self.prompt(), (case.image,) if case.image is not None else ())
+
+    def prompt(self, case_text: str = "") -> tuple[Turn, ...]:
         """The turns before the answer. `case_text` is inserted verbatim: places within it are not filled."""
-        before, after = self._content.user.split("{case_text}")
+        before, place, after = self._content.user.partition("{case_text}")
         count = str(self.num_answers)
-        user = before.replace("{num_answers}", count) + case_text + after.replace("{num_answers}", count)
+        filled = (part.replace("{num_answers}", count) for part in (before, after))
+        return self._begin((case_text if place else "").join(filled))
+
+    def caption_question(self, case: Case) -> Question:
+        """What asks for a description of `case`'s image.
+
+        Raises:
+            InvalidInput: the template has no such task.
+        """
+        if not self._content.caption:
+            raise InvalidInput("The template has no `caption`, so it cannot ask for descriptions. Choose another one.")
+        return Question(self._begin(self._content.caption), (case.image,) if case.image is not None else ())
+
+    def _begin(self, user: str) -> tuple[Turn, ...]:
+        """The turns before the answer, with `user` as the user's."""
         system = (Turn(role="system", content=self._content.system),) if self._content.system else ()
         return (*system, Turn(role="user", content=user))
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from transformers import BaseImageProcessor, PretrainedConfig, PreTrainedTokenizerBase
 
-_CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
+_CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0, "efficientnet_lite": 0}
 """Vision towers, and how many outputs each has before those of its patches."""
 
 
@@ -32,7 +32,7 @@ class Llava(ImageFamily):
         """Read for a model of `model_config`.
 
         Raises:
-            InvalidInput: another vision tower than CLIP's or SigLIP's.
+            InvalidInput: another vision tower than CLIP's, SigLIP's or EfficientNet-Lite's.
         """
         super().__init__(tokenizer, image_processor, model_config)
         tower = model_config.vision_config.model_type

@@ -162,6 +162,8 @@ def load_image_reader(folder: pathlib.Path, tokenizer: "PreTrainedTokenizerBase"
     """
     from transformers import AutoConfig
 
+    import mint_lib.vision.efficientnet_lite  # noqa: F401 - makes its architecture known to transformers
+
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     return ImageReader(tokenizer, load_image_processor(folder), config)
 

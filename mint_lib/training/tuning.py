@@ -13,6 +13,7 @@ import pathlib
 import shutil
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from mint_lib.errors import InvalidInput
 from mint_lib.student_weights import TOKENIZER_PATTERNS, WEIGHT_PATTERNS, fetch_student_folder
 from mint_lib.training.adapter import LoraConfig, add_adapter
 
@@ -57,6 +58,27 @@ def prepare_tuning(model: "transformers.PreTrainedModel", *, tuning: Tuning, lor
     # DeepSpeed's third stage leaves an empty tensor in a weight's place, and its size beside it.
     num_parameters = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
     return Tuned(model, num_parameters, num_parameters)
+
+
+def start_from(adapted: "torch.nn.Module", folder: pathlib.Path) -> None:
+    """Put the trained weights of the adapter in `folder` in place of the fresh ones.
+
+    Raises:
+        InvalidInput: it holds a weight for which `adapted` has no place, as of a part that is not trained here.
+    """
+    import peft
+    from safetensors.torch import load_file
+
+    given = load_file(folder / _ADAPTER_FILES[0])
+    places = {name: value.shape for name, value in peft.get_peft_model_state_dict(adapted).items()}
+    homeless = sorted(name for name, value in given.items() if places.get(name) != value.shape)
+    if homeless:
+        raise InvalidInput(
+            f"The student that the training starts from has {len(homeless)} trained weights without a place here, the "
+            f"first {homeless[0]} {list(given[homeless[0]].shape)}. Train the same parts: give both stages the same "
+            "alignment.lora, or more in the later one."
+        )
+    peft.set_peft_model_state_dict(adapted, given)
 
 
 def hash_frozen(model: "torch.nn.Module") -> str:

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from mint_lib.errors import RefusedData
+from mint_lib.errors import InvalidInput, RefusedData
 from mint_lib.reading import OverLong, encode_answer, fit_prompt
 from mint_lib.records import Label, PreferencePair
 from mint_lib.student import rank_labels
@@ -91,7 +91,18 @@ class Validation:
         self._reader = reader
         self._batch_tokens = batch_tokens
         columns = {label.id: column for column, label in enumerate(labels)}
-        self._teacher_columns = [columns[pair.chosen_label_ids[0]] for pair in first_pairs.values()]
+        # Captions name no label: of them only the preference and the likelihood are measured.
+        self._teacher_columns = [
+            columns[pair.chosen_label_ids[0]] for pair in first_pairs.values() if pair.chosen_label_ids
+        ]
+
+    def check_measures(self, keep_best: str) -> None:
+        """Refuse a figure to choose by that these pairs do not give. Raises InvalidInput."""
+        if keep_best.startswith("agreement") and not self._teacher_columns:
+            raise InvalidInput(
+                f"alignment.keep_best is {keep_best}, and pairs of captions name no label to agree on. Set it to loss, "
+                "reward_margin or reward_accuracy."
+            )
 
     def measure(self, model: Any) -> dict[str, float]:
         """Figures of `model`; margins and loss in nats per token of an answer.
@@ -104,26 +115,30 @@ class Validation:
         was_training = model.training
         model.eval()
         chosen_P, rejected_P = score_pairs(model, self._trees, reader=self._reader, batch_tokens=self._batch_tokens)
-        scores = rank_labels(
-            model,
-            self._reader,
-            self._template,
-            self._labels,
-            self._prompts,
-            images=self._images,
-            batch_tokens=self._batch_tokens,
-        )
+        scores = numpy.zeros((0, len(self._labels)))
+        if self._teacher_columns:
+            scores = rank_labels(
+                model,
+                self._reader,
+                self._template,
+                self._labels,
+                self._prompts,
+                images=self._images,
+                batch_tokens=self._batch_tokens,
+            )
         model.train(was_training)
         self._check_finite(scores, chosen_P, rejected_P)
-        targets = scores[numpy.arange(len(scores)), self._teacher_columns]
-        ranks = 1 + (scores > targets[:, None]).sum(axis=1)
-        return {
+        figures = {
             "loss": -chosen_P.mean().item(),
             "reward_margin": (chosen_P - rejected_P).mean().item(),
             "reward_accuracy": (chosen_P > rejected_P).float().mean().item(),
-            "agreement_top_1": float((ranks == 1).mean()),
-            "agreement_mrr": float((1.0 / ranks).mean()),
         }
+        if self._teacher_columns:
+            targets = scores[numpy.arange(len(scores)), self._teacher_columns]
+            ranks = 1 + (scores > targets[:, None]).sum(axis=1)
+            figures["agreement_top_1"] = float((ranks == 1).mean())
+            figures["agreement_mrr"] = float((1.0 / ranks).mean())
+        return figures
 
     def _check_finite(self, scores: Any, chosen_P: "torch.Tensor", rejected_P: "torch.Tensor") -> None:
         """Refuse numbers that are none: compared with others, they would look like perfect agreement."""
@@ -132,7 +147,7 @@ class Validation:
         is_good = numpy.isfinite(scores).all(axis=1)
         if is_good.all() and bool(chosen_P.isfinite().all()) and bool(rejected_P.isfinite().all()):
             return
-        bad = [case_id for case_id, good in zip(self._case_ids, is_good, strict=True) if not good]
+        bad = [case_id for case_id, good in zip(self._case_ids, is_good, strict=False) if not good]
         raise RefusedData(
             "Validation gave numbers that are not finite; no version was written. Cases: "
             f"{', '.join(bad[:_SHOWN_CASE_IDS]) or 'some pairs'}. Lower learning_rate, or look at these cases.",

@@ -29,7 +29,7 @@ from mint_lib.training.run_metrics import RunMetrics
 from mint_lib.training.settings import AlignmentConfig
 from mint_lib.training.setup import TrainingSetup
 from mint_lib.training.tree_file import TreeFile, write_trees
-from mint_lib.training.tuning import Tuned, hash_frozen, place_tuned, prepare_tuning
+from mint_lib.training.tuning import FOLDERS, Tuned, hash_frozen, place_tuned, prepare_tuning, start_from
 from mint_lib.training.watch import TrainingState, Validation, count_skipped, draw_cases, watch_training
 
 if TYPE_CHECKING:
@@ -137,7 +137,8 @@ def _train(payload: dict[str, Any], folder: pathlib.Path) -> None:
         window_tokens=config.student.window_tokens,
         over_long=config.student.over_long,
     )
-    tuned = _prepare_student(config, payload["method"])
+    validation.check_measures(config.keep_best)
+    tuned = _prepare_student(config, payload["method"], _fetch_start(payload, folder))
     # In bfloat16 DeepSpeed casts every weight when it begins, the frozen ones too.
     is_cast = config.deepspeed is not None and config.use_gpu
     frozen = hash_frozen(tuned.model) if rank == 0 and not is_cast else ""
@@ -227,7 +228,18 @@ def agree_on_start(
     return attempt, checkpoint, is_stop_asked
 
 
-def _prepare_student(config: AlignmentConfig, method: type[AlignmentMethod]) -> Tuned:
+def _fetch_start(payload: dict[str, Any], folder: pathlib.Path) -> pathlib.Path | None:
+    """The trained weights that training begins with, if not with the base."""
+    if payload["start"] is None:
+        return None
+    store: Store = payload["store"]
+    prefix = FOLDERS[payload["config"].tuning]
+    return store.download(Reference.parse(payload["start"]), folder / "first", prefix=prefix)
+
+
+def _prepare_student(
+    config: AlignmentConfig, method: type[AlignmentMethod], start: pathlib.Path | None = None
+) -> Tuned:
     """The student, ready to be trained."""
     quantization_config = None
     if config.quantisation == "nf4":
@@ -237,12 +249,16 @@ def _prepare_student(config: AlignmentConfig, method: type[AlignmentMethod]) -> 
     can_flex = config.use_gpu and method.splits_by_tokens and config.student.reads == "text"
     model = load_student(
         config.student,
+        start if config.tuning == "full" else None,
         attention=choose_attention(config.attention, use_gpu=can_flex),
         quantization_config=quantization_config,
     )
     if method.splits_by_tokens:
         check_attention_window(model.config, config.student.window_tokens)
-    return prepare_tuning(model, tuning=config.tuning, lora=config.lora)
+    tuned = prepare_tuning(model, tuning=config.tuning, lora=config.lora)
+    if start is not None and config.tuning == "adapter":
+        start_from(tuned.model, start)
+    return tuned
 
 
 def _build_trainer(

@@ -109,6 +109,7 @@ def run_on_ray(config: AlignmentConfig, *, store: Store, preferences: Reference)
                 "method": load_plugin("alignment_methods", config.method, base=AlignmentMethod),
                 "store": store,
                 "preferences": str(preferences),
+                "start": None,
                 "steps_path": str(folder / "steps.json"),
             },
             resources=WorkerResources(

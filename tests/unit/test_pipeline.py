@@ -377,7 +377,8 @@ def test_components_run_on_our_image_and_install_nothing(tmp_path):
 def test_every_stage_has_a_component_that_takes_its_inputs(stage):
     component = getattr(importlib.import_module(f"components.{stage}"), stage)
     inputs = set(component.component_spec.inputs)
-    assert inputs == {"config", *STAGES[stage].inputs, *STAGES[stage].input_maps}
+    known = STAGES[stage]
+    assert inputs == {"config", *known.inputs, *known.input_maps, *known.optional_inputs}
     assert {"Output", "metrics", "version"} <= set(component.component_spec.outputs)
 
 

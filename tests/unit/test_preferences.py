@@ -2,6 +2,7 @@
 
 import pytest
 from pydantic import ValidationError
+from tiny_image_students import make_image
 
 from mint_lib.errors import InvalidInput, PromptTooLong, RefusedData
 from mint_lib.pair_checks import PairChecker, Preference
@@ -12,14 +13,15 @@ from mint_lib.preferences import (
     draw_preferences,
     pair_split,
 )
-from mint_lib.reading import encode_answer, encode_prompt
+from mint_lib.reading import TextReader, encode_answer, encode_prompt
 from mint_lib.records import Case, Finding, Label, Ranking, Reference
-from mint_lib.student import StudentConfig, load_tokenizer
+from mint_lib.student import StudentConfig, load_reader, load_tokenizer
 from mint_lib.template import Template
 
 LABELS = [Label(id=f"OMIM:{number}", name=f"Disease type {number}") for number in range(8)]
 IDS = [label.id for label in LABELS]
 TINY = StudentConfig(model="tiny", window_tokens=600)
+SEEING = StudentConfig(model="tiny-image", reads="image", window_tokens=600)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +61,7 @@ def make_ranking(number, *, first=0):
 
 def pair_toy(config, tokenizer, cases, rankings, split="train"):
     template = Template.load(config.template).with_num_answers(config.top_k)
-    checker = PairChecker(tokenizer, template, LABELS, config.student.window_tokens)
+    checker = PairChecker(TextReader(tokenizer), template, LABELS, config.student.window_tokens)
     return pair_split(cases, rankings, LABELS, config, checker, split)
 
 
@@ -206,7 +208,7 @@ def test_preferences_labels_with_one_name_are_refused_before_chosen_can_equal_re
 def test_preferences_label_that_the_tokenizer_does_not_give_back_is_refused(tokenizer):
     spoiled = [*LABELS, Label(id="OMIM:99", name="Disease <|end|> x")]
     with pytest.raises(InvalidInput, match="OMIM:99"):
-        PairChecker(tokenizer, Template.load("rare_disease"), spoiled, 600)
+        PairChecker(TextReader(tokenizer), Template.load("rare_disease"), spoiled, 600)
 
 
 def test_preferences_labels_with_equal_tokens_are_refused(tokenizer):
@@ -226,7 +228,7 @@ def test_preferences_labels_with_equal_tokens_are_refused(tokenizer):
             return self.last
 
     with pytest.raises(InvalidInput, match="OMIM:0 and OMIM:1"):
-        PairChecker(Forgetful(), Template.load("rare_disease"), LABELS, 600)
+        PairChecker(TextReader(Forgetful()), Template.load("rare_disease"), LABELS, 600)
 
 
 def test_preferences_prompts_longer_than_the_window_name_counts_and_cases_but_no_text(tokenizer):
@@ -286,11 +288,84 @@ def test_preferences_checks_tell_lengths_and_balance(tokenizer):
         {"control": "shuffled_teacher", "ground_truth": "drop"},
         {"top_k": 0},
         {"unknown": 1},
+        {"pairs": "captions"},
+        {"pairs": "captions", "student": SEEING, "control": "shuffled_teacher"},
     ],
 )
 def test_preferences_config_that_contradicts_itself_is_refused(changes):
     with pytest.raises(ValidationError):
         make_config(**changes)
+
+
+def make_tiles(num_cases=4):
+    cases, rankings = make_toy(num_cases)
+    texts = ["dense round nuclei", "sparse nuclei in files"]
+    tiles = [
+        case.model_copy(update={"image": make_image(number, 64, 64), "text": texts[number % 2]})
+        for number, case in enumerate(cases)
+    ]
+    return tiles, rankings
+
+
+def pair_tiles(config, cases, rankings):
+    template = Template.load(config.template).with_num_answers(config.top_k).with_label_names(LABELS)
+    checker = PairChecker(load_reader(SEEING), template, LABELS, config.student.window_tokens)
+    return pair_split(cases, rankings, LABELS, config, checker, "train")
+
+
+def test_preferences_of_an_image_student_hold_the_image_and_nothing_that_the_teacher_read():
+    config = make_config(student=SEEING, template="tissue")
+    cases, rankings = make_tiles()
+    pairs, checks = pair_tiles(config, cases, rankings)
+    assert [pair.images for pair in pairs] == [(case.image,) for case in cases]
+    assert len({pair.prompt for pair in pairs}) == 1
+    said = "".join(turn.content for turn in pairs[0].prompt)
+    assert "nuclei in files" not in said
+    assert all(label.name in said for label in LABELS)
+    read = load_reader(SEEING).read(pairs[0].prompt, pairs[0].images)
+    assert checks["prompt_tokens"]["max"] == len(read.ids)
+
+
+def test_preferences_of_an_image_student_leave_out_cases_without_an_image():
+    cases, rankings = make_tiles()
+    cases[2] = cases[2].model_copy(update={"image": None})
+    pairs, checks = pair_tiles(make_config(student=SEEING, template="tissue"), cases, rankings)
+    assert [pair.case_id for pair in pairs] == ["case-0", "case-1", "case-3"]
+    assert checks["dropped"] == {"no_image": 1}
+
+
+def test_preferences_of_a_text_student_hold_no_image(tokenizer):
+    cases, rankings = make_toy()
+    assert all(case.image for case in cases)
+    pairs, _ = pair_toy(make_config(), tokenizer, cases, rankings)
+    assert all(pair.images == () for pair in pairs)
+
+
+def test_preferences_of_captions_prefer_a_case_s_own_text_and_name_no_label():
+    config = make_config(student=SEEING, template="tissue", pairs="captions")
+    cases, rankings = make_tiles(6)
+    cases[5] = cases[5].model_copy(update={"text": None})
+    pairs, checks = pair_tiles(config, cases, rankings)
+    assert [pair.chosen for pair in pairs] == [case.text for case in cases[:5]]
+    assert {pair.rejected for pair in pairs} == {cases[0].text, cases[1].text}
+    assert {pair.prompt[-1].content for pair in pairs} == {"[caption] Describe the nuclei in this image."}
+    assert {(pair.chosen_label_ids, pair.rejected_label_ids, pair.policy) for pair in pairs} == {((), (), "captions")}
+    assert checks["dropped"] == {"no_caption": 1}
+
+
+def test_preferences_of_captions_that_are_all_alike_are_refused():
+    cases, rankings = make_tiles()
+    alike = [case.model_copy(update={"text": "dense nuclei"}) for case in cases]
+    with pytest.raises(RefusedData, match="have one text"):
+        pair_tiles(make_config(student=SEEING, template="tissue", pairs="captions"), alike, rankings)
+
+
+@pytest.mark.parametrize(("student", "template"), [(TINY, "tissue"), (SEEING, "rare_disease")])
+def test_preferences_template_for_another_kind_of_student_is_refused(student, template):
+    reference = Reference(kind="cases", name="toy", version="v000001", digest="sha256:" + "0" * 64)
+    config = make_config(student=student, template=template)
+    with pytest.raises(InvalidInput, match="Choose a template of the student's kind"):
+        build_pairs(config, store=MemoryStore(LABELS), cases=reference, rankings=reference)
 
 
 class MemoryStore:

@@ -53,6 +53,7 @@ def test_every_step_comes_after_its_inputs(path):
         ({"description": "{{$.inputs}}"}, "Kubeflow placeholder"),
         ({"student_seeds": [1, 1]}, "twice"),
         ({"arms": {}}, "arms: "),
+        ({"captioning": {}}, "captioning is for students that read images"),
     ],
 )
 def test_recipe_with_a_wrong_value_is_refused_in_words(change, message):
@@ -111,6 +112,24 @@ def test_student_seeds_give_every_arm_once_for_each_seed():
     recipe = parse_recipe(_values() | {"student_seeds": [1, 2]})
     students = next(step for step in list_steps(recipe) if step.stage == "evaluation").inputs["students"]
     assert sorted(students) == sorted(f"{arm}/seed-{seed}" for arm in recipe.arms for seed in (1, 2))
+
+
+def test_captioning_comes_before_every_arm_that_does_not_leave_it_out():
+    values = _values() | {
+        "student": {"model": "tiny-image", "reads": "image"},
+        "captioning": {"alignment": {"epochs": 9}},
+        "arms": {"orpo": {}, "sft": {}, "no-captions": {"captioning": False}},
+    }
+    values["preferences"] = values["preferences"] | {"template": "tissue"}
+    values["alignment"] = {"method": "orpo"}
+    steps = {step.id: step for step in list_steps(parse_recipe(values))}
+    first = steps["alignment-captioning"]
+    assert (first.config.epochs, first.config.keep_best, "start" in first.inputs) == (9, "loss", False)
+    assert steps[first.inputs["preferences"]].config.pairs == "captions"
+    starts = {name: steps[f"alignment-{name}"].inputs.get("start") for name in ("orpo", "sft", "no-captions")}
+    assert starts == {"orpo": "alignment-captioning", "sft": "alignment-captioning", "no-captions": None}
+    assert steps["evaluation"].inputs["students"]["captioning"] == "alignment-captioning"
+    assert steps["registry"].inputs["student"] == "alignment-orpo"
 
 
 def test_schema_accepts_every_recipe_and_refuses_an_unknown_key():

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mint_lib.errors import InvalidInput, RecipeError
+from mint_lib.records import Case, Label
 from mint_lib.template import Template, normalise_name
 
 TEMPLATE = Template.load("rare_disease")
@@ -73,6 +74,44 @@ def test_template_prompt_is_short():
     assert len(words) <= 25
 
 
+def make_case(**changes):
+    values = {
+        "case_id": "c",
+        "group_id": "p",
+        "source": "s",
+        "synthetic": True,
+        "text": "dense nuclei",
+        "image": b"png",
+    }
+    return Case(**(values | changes))
+
+
+def test_template_about_images_shows_the_image_and_not_the_text():
+    template, case = Template.load("tissue_brief"), make_case()
+    question = template.question(case)
+    assert question.images == (b"png",)
+    assert all("dense" not in turn.content for turn in question.turns)
+    assert template.caption_question(case).images == (b"png",)
+    assert template.can_ask(case)
+    assert not template.can_ask(make_case(image=None))
+
+
+def test_template_about_texts_shows_the_text_and_not_the_image():
+    case = make_case()
+    assert TEMPLATE.question(case) == (TEMPLATE.prompt("dense nuclei"), ())
+    assert not TEMPLATE.can_ask(make_case(text=" "))
+    with pytest.raises(InvalidInput, match="caption"):
+        TEMPLATE.caption_question(case)
+
+
+def test_template_with_label_names_lists_them_and_survives_storage():
+    labels = [Label(id="a", name="Head & Neck"), Label(id="b", name="Bile: Duct 'x' #1")]
+    stored = Template.from_bytes(Template.load("tissue").with_num_answers(1).with_label_names(labels).data)
+    assert "Choose from: Head & Neck, Bile: Duct 'x' #1." in stored.prompt()[-1].content
+    assert (stored.num_answers, stored.reads) == (1, "image")
+    assert stored.with_label_names(labels).digest == stored.digest
+
+
 @pytest.mark.parametrize("name", ["", " Noonan", "Noonan ", "Noonan\nsyndrome", "\t"])
 def test_template_answer_with_an_unreadable_name_is_refused(name):
     with pytest.raises(InvalidInput, match="Mend the label set"):
@@ -88,8 +127,9 @@ def test_template_unknown_name_lists_the_known_ones():
     ("change", "message"),
     [
         ({"user": "no place"}, "case_text"),
-        ({"user": "{case_text} {case_text} {num_answers} POTENTIAL_DISEASES:"}, "2 times"),
+        ({"user": "{case_text} {case_text} {num_answers} POTENTIAL_DISEASES:"}, "1 times, not 2"),
         ({"user": "{case_text} {num_answers}"}, "header"),
+        ({"reads": "image"}, "must hold {case_text} 0 times"),
         ({"num_answers": 0}, "num_answers"),
         ({"extra": 1}, "unknown key"),
     ],

@@ -20,7 +20,7 @@ from mint_lib.student import StudentConfig, load_reader, load_student
 from mint_lib.student_weights import fetch_student_folder, list_student_files
 from mint_lib.training.adapter import LoraConfig
 from mint_lib.training.preference_trees import grow_trees, score_pairs
-from mint_lib.training.tuning import hash_frozen, place_tuned, prepare_tuning, save_tuned
+from mint_lib.training.tuning import hash_frozen, place_tuned, prepare_tuning, save_tuned, start_from
 
 RANK = 3
 LORA = LoraConfig(rank=RANK)
@@ -309,3 +309,26 @@ def test_tuning_of_a_saved_image_student_reads_names_as_they_are_saved(tmp_path)
     found = dict(loaded.named_parameters())
     assert len(expected) == 2 * 14 + 4
     assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_training_starts_from_what_an_earlier_one_trained(tmp_path):
+    first = prepare(IMAGE_STUDENT, "adapter", PEFOMED).model
+    with torch.no_grad():
+        for parameter in first.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter))
+    first.save_pretrained(tmp_path)
+    second = prepare(IMAGE_STUDENT, "adapter", PEFOMED).model
+    fresh = {name: value.clone() for name, value in second.named_parameters()}
+    start_from(second, tmp_path)
+    trained = {name for name, value in first.named_parameters() if value.requires_grad}
+    for (name, found), (_, wanted) in zip(second.named_parameters(), first.named_parameters(), strict=True):
+        assert torch.equal(found, wanted), name
+        assert torch.equal(found, fresh[name]) == (name not in trained), name
+        assert found.requires_grad == (name in trained), name
+
+
+def test_training_that_has_no_place_for_what_was_trained_is_refused(tmp_path):
+    prepare(IMAGE_STUDENT, "adapter", PEFOMED).model.save_pretrained(tmp_path)
+    with pytest.raises(InvalidInput, match="without a place here"):
+        start_from(prepare(IMAGE_STUDENT, "adapter", LORA).model, tmp_path)
