@@ -85,6 +85,14 @@ class Teacher(ABC):
     def score(self, cases: Sequence[Case]) -> np.ndarray:
         """Log-scores `[case, label]`, finite, higher is more probable. The cases carry no `label_id`."""
 
+    def facts(self) -> dict[str, Any]:
+        """What `qualification.json` should tell of the scoring, for instance its cost; asked for after it."""
+        return {}
+
+    def trace(self) -> bytes:
+        """What is kept of the scoring as `trace.jsonl`, a line of JSON for each step; none: no such file."""
+        return b""
+
     @abstractmethod
     def save(self, folder: pathlib.Path) -> None:
         """Write everything `load` needs into `folder`: JSON and safetensors, the same bytes for the same teacher."""
@@ -131,12 +139,16 @@ def rank_cases(config: TeacherConfig, *, store: "Store", cases: Reference) -> Re
             for split in SPLITS
         }
         facts = {"model": config.model, "teacher_digest": digest, "fitting": fitting, **qualification}
+        if scoring := teacher.facts():
+            facts["scoring"] = scoring
         with store.write("rankings", config.name) as version:
             for split in SPLITS:
                 version.add_rows(f"{split}.parquet", rankings[split], ranking_schema())
             version.add_json("labels.json", [label.model_dump(mode="json") for label in labels])
             version.add_json("qualification.json", facts)
             version.add_folder("teacher", folder)
+            if trace := teacher.trace():
+                version.add_bytes("trace.jsonl", trace)
             return version.commit(
                 StageRecord(
                     stage="teacher",
