@@ -2,7 +2,8 @@
 
 Goes in: a `DataConfig`, which names a plug-in of `mint_lib/data_sources`. Comes out: a version of kind `cases` with
 `train.parquet`, `validation.parquet`, `test.parquet` (rows of `Case`) and `labels.json`. Every row is validated and
-refusals are counted by cause; patients and identical contents never stand in two splits. Knows no source by name.
+refusals are counted by cause; patients and identical contents never stand in two splits, unless the recipe asks for a
+split by image, which the record calls a leak. Knows no source by name.
 """
 
 import abc
@@ -23,7 +24,17 @@ from mint_lib.errors import RefusedData
 from mint_lib.plugins import load_plugin, parse_plugin_config
 from mint_lib.records import SPLITS, Case, Finding, Label, Name, Reference, Split, StageRecord, code_version
 from mint_lib.rows import case_schema
-from mint_lib.splits import SplitWeights, describe_case_ids, prove_disjoint, split_cases, withhold_labels
+from mint_lib.splits import (
+    Content,
+    SplitBy,
+    SplitWeights,
+    check_assigned,
+    describe_case_ids,
+    describe_leak,
+    prove_disjoint,
+    split_cases,
+    withhold_labels,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -57,6 +68,8 @@ class DataConfig(SourceConfig):
     """A second source whose cases, all of them, are the test split. Its labels are those of `source`."""
     split: SplitWeights = SplitWeights()
     """Proportions of the splits, for patients whom the source does not assign itself."""
+    split_by: SplitBy = "patient"
+    """What stands in one split only. `image` deals images of one patient to several splits: a leak, named as one."""
     labelled_per_label: int | None = Field(default=None, ge=0)
     """Few-label mode: training patients per label who keep their label. None: all of them."""
     max_refused_share: float = Field(default=0.0, ge=0, le=1)
@@ -98,6 +111,8 @@ class DataSource(abc.ABC):
     """Base of the plug-ins in `mint_lib/data_sources`."""
 
     Config: ClassVar[type[BaseModel]]
+    describes_images: ClassVar[bool] = False
+    """The rows' text describes their image, for the teacher: two images may well have the same one."""
 
     def __init__(self, config: Any, *, wanted: tuple[Label, ...] | None = None):
         """Keep the config.
@@ -122,6 +137,11 @@ class DataSource(abc.ABC):
     @abc.abstractmethod
     def digest(self) -> str:
         """`sha256:...` of everything outside the config that the rows depend on, such as the files read."""
+
+    @property
+    def knows_patients(self) -> bool:
+        """Whether rows say which patient they are from. Without that, only splits that the source assigns will do."""
+        return True
 
     def notes(self) -> tuple[str, ...]:
         """Facts that a reader of the report must know."""
@@ -156,16 +176,28 @@ def prepare_cases(config: DataConfig, *, store: "Store") -> Reference:
     check_labels(labels, config.source)
     counts: collections.Counter[str] = collections.Counter()
     rows = collect_rows(source, config, labels, np.random.default_rng([config.seed, 1]), counts)
+    if config.split_by == "patient" and not source.knows_patients:
+        check_assigned(rows, config.source)
     test_source: DataSource | None = None
     test_cases: list[Case] = []
     if config.test_source is not None:
         test_source = open_source(config.test_source, wanted=tuple(labels), where="data.test_source")
         test_rows = collect_rows(test_source, config, labels, np.random.default_rng([config.seed, 2]), counts)
         test_cases = [case for case, _ in test_rows]
+    sources = [item for item in (source, test_source) if item is not None]
+    contents: tuple[Content, ...] = ("image",) if any(item.describes_images for item in sources) else ("text", "image")
     rng = np.random.default_rng([config.seed, 3])
-    splits = split_cases(rows, config.split, has_own_test=config.test_source is not None, rng=rng, counts=counts)
+    splits = split_cases(
+        rows,
+        config.split,
+        by=config.split_by,
+        contents=contents,
+        has_own_test=config.test_source is not None,
+        rng=rng,
+        counts=counts,
+    )
     splits["test"] += test_cases
-    prove_disjoint(splits)
+    prove_disjoint(splits, by=config.split_by, contents=contents)
     for split in SPLITS:
         if not splits[split]:
             raise RefusedData(
@@ -174,8 +206,9 @@ def prepare_cases(config: DataConfig, *, store: "Store") -> Reference:
             )
     splits["train"] = withhold_labels(splits["train"], config.labelled_per_label, rng=rng)
     counts.update(_count_splits(splits))
-    sources = [item for item in (source, test_source) if item is not None]
     notes = [note for item in sources for note in item.notes()] + _describe_origin(splits)
+    if config.split_by == "image":
+        notes.insert(0, describe_leak(splits, knows_patients=source.knows_patients))
     with store.write("cases", config.name) as version:
         for split in SPLITS:
             version.add_rows(f"{split}.parquet", splits[split], case_schema())
@@ -272,7 +305,7 @@ def validate_row(row: Row, config: DataConfig, *, label_ids: set[str], seen: set
     if row.label_id is not None and row.label_id not in label_ids:
         return "unknown label"
     if not (row.text and row.text.strip()) and not row.image:
-        return "neither text nor photo"
+        return "neither text nor image"
     if row.image is not None:
         cause = find_image_fault(row.image, max_pixels=config.max_image_pixels, max_bytes=config.max_image_bytes)
         if cause is not None:
@@ -301,25 +334,25 @@ def validate_row(row: Row, config: DataConfig, *, label_ids: set[str], seen: set
 
 
 def find_image_fault(data: bytes, *, max_pixels: int, max_bytes: int) -> str | None:
-    """Why encoded bytes cannot be taken as a PNG or JPEG photo, or None. Pixels are counted before decoding."""
+    """Why encoded bytes cannot be taken as a PNG or JPEG image, or None. Pixels are counted before decoding."""
     from PIL import Image
 
     if len(data) > max_bytes:
-        return "photo too large"
+        return "image too large"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is stricter
             image = Image.open(io.BytesIO(data), formats=_IMAGE_FORMATS)
         if image.width * image.height > max_pixels:
-            return "photo too large"
+            return "image too large"
         if getattr(image, "n_frames", 1) != 1:
-            return "animated photo"
+            return "animated image"
         image.verify()  # checksums of a PNG up to its end, which decoding does not look at
         Image.open(io.BytesIO(data), formats=_IMAGE_FORMATS).load()
     except Image.DecompressionBombError:
-        return "photo too large"
+        return "image too large"
     except (OSError, SyntaxError, ValueError, EOFError, ArithmeticError, struct.error, zlib.error):
-        return "corrupt photo"
+        return "corrupt image"
     return None
 
 
@@ -329,7 +362,7 @@ def _count_splits(splits: Mapping[Split, list[Case]]) -> dict[str, int]:
         counts[f"{split}/cases"] = len(cases)
         counts[f"{split}/patients"] = len({case.group_id for case in cases})
         counts[f"{split}/without label"] = sum(case.label_id is None for case in cases)
-        counts[f"{split}/with photo"] = sum(case.image is not None for case in cases)
+        counts[f"{split}/with image"] = sum(case.image is not None for case in cases)
         counts[f"{split}/synthetic"] = sum(case.synthetic for case in cases)
         counts.update(f"{split}/label/{case.label_id}" for case in cases if case.label_id is not None)
     return dict(counts)

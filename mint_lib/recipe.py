@@ -12,12 +12,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from mint_lib.data import DataConfig, DataSource
 from mint_lib.errors import RecipeError
-from mint_lib.evaluation import EvaluationConfig, EvaluationTask
 from mint_lib.placement import StepsOnCluster
 from mint_lib.plugins import describe_validation_error, load_plugin, parse_plugin_config
 from mint_lib.preferences import PreferencesConfig
 from mint_lib.records import Name
 from mint_lib.registry import RegistryConfig
+from mint_lib.reporting.settings import EvaluationConfig
+from mint_lib.reporting.task import EvaluationTask
 from mint_lib.serving import ServingConfig
 from mint_lib.student import StudentConfig
 from mint_lib.teacher import Teacher, TeacherConfig

@@ -270,6 +270,75 @@ class Gate(Record):
     rules: tuple[GateOutcome, ...]
 
 
+class Wording(Record):
+    """What the report of a task calls things. The defaults are the words of a rare-disease report."""
+
+    label: str = "diagnosis"
+    labels: str = "diagnoses"
+    subjects: str = "patients"
+    """What is simulated or observed."""
+    picture: str = "photo"
+    question: str = "from the written description alone, which of {num_labels} diagnoses does the patient have?"
+    """What is asked, with `{num_labels}`."""
+    closed: str = "The list of diagnoses is closed: a patient with any other disease is always answered wrongly."
+    simulation: str = (
+        "test patients are simulated from ontology frequencies. That shows whether the method transfers what a teacher "
+        "knows; it does not show performance on real patients, and differences between groups of patients are those of "
+        "the simulation."
+    )
+    """Goes on after `All` or `Some`."""
+
+
+class GroundingVariant(Record):
+    """What a student answers when it is shown something else than the image."""
+
+    kind: Literal["blank", "noise", "permuted", "swapped", "colour"]
+    changed: Estimate
+    """Share of the cases whose first answer is another one than with their own image."""
+    top_1: Estimate
+    """Share of the cases whose first answer is still their own label."""
+    drop: Estimate
+    """Top-1 with the own images minus `top_1`, on the same cases."""
+    follows: Estimate | None
+    """Share of the first answers that are the label of the image shown; None where what is shown has none."""
+    passed: bool | None
+    """None: this variant is reported and does not decide."""
+
+
+class Grounding(Record):
+    """Whether a student looks at the image: what becomes of its answers without it."""
+
+    student: str
+    """Reference of the student that was probed."""
+    passed: bool
+    """Every variant that decides passed."""
+    ceiling: float
+    """What an answer that does not depend on the image can reach: chance, or the most frequent label's share of the
+    probed cases if that is more."""
+    top_1: Estimate
+    """With the cases' own images."""
+    variants: tuple[GroundingVariant, ...]
+
+
+class PerturbationLevel(Record):
+    """One strength of one perturbation."""
+
+    level: float
+    top_1: Estimate
+    change: Estimate
+    """`top_1` minus that of the images as they are, on the same cases."""
+
+
+class Perturbation(Record):
+    """What becomes of the main student's top-1 as images get worse in one way."""
+
+    kind: Literal["stain", "blur", "compression"]
+    top_1: Estimate
+    """With the images as they are."""
+    levels: tuple[PerturbationLevel, ...]
+    """From the weakest to the strongest."""
+
+
 class EvaluationReport(Record):
     """What an evaluation found, complete enough to decide on."""
 
@@ -302,6 +371,14 @@ class EvaluationReport(Record):
     confidence: float
     """Level of every interval."""
     notes: tuple[str, ...] = ()
+    reads: Literal["text", "image"] = "text"
+    """What students were shown of a case."""
+    wording: Wording = Wording()
+    leaks: tuple[str, ...] = ()
+    """How training and test share what they must not share, as the cases' record says; empty: they do not."""
+    grounding: Grounding | None = None
+    """None: the main student was not probed, as no student that reads text is."""
+    perturbations: tuple[Perturbation, ...] = ()
 
 
 class Calibration(Record):
@@ -339,3 +416,5 @@ class ModelCard(Record):
     licence: str
     intended_use: str
     limits: tuple[str, ...]
+    grounding: Grounding | None = None
+    """Whether it looks at the image; None for students that read text."""

@@ -14,7 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from mint_lib.errors import Conflict, GateFailed, InvalidInput, NotFound
 from mint_lib.records import Calibration, EvaluationReport, ModelCard, Name, Reference, StageRecord, code_version
-from mint_lib.reporting.sentences import describe_rule, render_card
+from mint_lib.reporting.card import render_card
+from mint_lib.reporting.sentences import describe_rule
 
 if TYPE_CHECKING:
     from mint_lib.storage.aliases import Alias
@@ -24,11 +25,12 @@ logger = logging.getLogger(__name__)
 CANDIDATE, CHAMPION = "candidate", "champion"
 CALIBRATION = "calibration.json"
 _ATTEMPTS = 5
-_LIMITS = (
-    "Not a medical device: no answer is a diagnosis or a reason to treat or not to treat.",
-    "The list of diagnoses is closed; a patient with any other disease is always answered wrongly.",
-    "It reads text in the wording it was trained with; other wordings and languages were not measured.",
-)
+_NO_DEVICE = "Not a medical device: no answer is a diagnosis or a reason to treat or not to treat."
+_READS_LIMITS = {
+    "text": "It reads text in the wording it was trained with; other wordings and languages were not measured.",
+    "image": "It sees images of the kind it was trained on; other stains, scanners, magnifications and organs were not "
+    "measured, and an image that shows no tissue at all is answered as if it did.",
+}
 
 
 class RegistryConfig(BaseModel):
@@ -41,7 +43,8 @@ class RegistryConfig(BaseModel):
     licence: str = Field(min_length=1)
     """Licence of the weights; it follows from the base model's, for instance `Apache-2.0`."""
     intended_use: str = Field(
-        default="Research on transferring a teacher's knowledge to a text student. No clinical use.", min_length=1
+        default="Research on transferring a teacher's knowledge to a student that sees less. No clinical use.",
+        min_length=1,
     )
     """What the model may be used for."""
 
@@ -51,10 +54,13 @@ def register_model(config: RegistryConfig, *, store: "Store", student: Reference
 
     Raises:
         InvalidInput: the report is not about this student.
+        GateFailed: it is an image student that the report does not show to look at the image.
         Conflict: others kept moving `candidate`.
     """
     findings = read_report(store, report)
     check_report(findings, student, report)
+    facts = cast(dict[str, Any], store.read_json(student, "student.json"))
+    check_grounding(findings, student, reads=facts["student"].get("reads", "text"))
     card = write_card(config, store, findings, student=student, report=report)
     is_calibrated = has_calibration(store, student, report)
     with tempfile.TemporaryDirectory() as folder_name, store.write("model", config.name) as version:
@@ -159,6 +165,25 @@ def check_report(findings: EvaluationReport, student: Reference, report: Referen
         )
 
 
+def check_grounding(findings: EvaluationReport, student: Reference, *, reads: str) -> None:
+    """Refuse an image student that may answer without looking. Raises GateFailed."""
+    if reads == "text":
+        return
+    probed = findings.grounding
+    if probed is None or probed.student != str(student):
+        which = f"probed {probed.student}" if probed else "probed none"
+        raise GateFailed(
+            f"{student} sees images, and its report {which}: nothing shows that it looks at them. Evaluate it with "
+            "evaluation.grounding, which probes the first run of the main student, and register that one."
+        )
+    if not probed.passed:
+        failed = ", ".join(variant.kind for variant in probed.variants if variant.passed is False)
+        raise GateFailed(
+            f"{student} is not shown to look at the image: it failed the grounding probe with {failed}. See the report "
+            "for the numbers. Train a student that passes, or probe more test cases if the intervals are too wide."
+        )
+
+
 def has_calibration(store: "Store", student: Reference, report: Reference) -> bool:
     """Whether the report calibrated this very student; another seed of the same arm has another temperature."""
     if CALIBRATION not in store.files(report):
@@ -188,7 +213,13 @@ def write_card(
         synthetic=findings.synthetic,
         licence=config.licence,
         intended_use=config.intended_use,
-        limits=(*_LIMITS, *_find_limits(facts, findings)),
+        limits=(
+            _NO_DEVICE,
+            findings.wording.closed,
+            _READS_LIMITS[findings.reads],
+            *_find_limits(facts, findings),
+        ),
+        grounding=findings.grounding,
     )
 
 
@@ -199,7 +230,9 @@ def _find_limits(facts: dict[str, Any], findings: EvaluationReport) -> list[str]
         limits.append(f"The base model was cut to its first {facts['student']['num_layers']} layers.")
     if findings.synthetic != "none":
         which = {"all": "All", "some": "Some"}[findings.synthetic]
-        limits.append(f"{which} of its test cases were simulated; its worth on real patients is not shown by them.")
+        real = "images" if findings.reads == "image" else "patients"
+        limits.append(f"{which} of its test cases were simulated; its worth on real {real} is not shown by them.")
+    limits += [f"Its test is not fair, for the splits leak: {leak}" for leak in findings.leaks]
     runs = findings.runs[findings.main]
     if runs > 1:
         limits.append(f"The figures are the mean of {runs} seeds; the weights are those of one of them.")

@@ -17,6 +17,7 @@ from mint_lib import alignment, data, evaluation, preferences, registry, teacher
 from mint_lib.errors import InvalidInput, RecipeError
 from mint_lib.plugins import describe_validation_error
 from mint_lib.records import Reference, code_version
+from mint_lib.reporting.settings import EvaluationConfig
 from mint_lib.store import Store
 from mint_lib.training.settings import AlignmentConfig
 
@@ -45,7 +46,7 @@ STAGES: dict[str, Stage] = {
     "preferences": Stage(preferences.PreferencesConfig, preferences.build_pairs, ("cases", "rankings")),
     "alignment": Stage(AlignmentConfig, alignment.align_student, ("preferences",), optional_inputs=("start",)),
     "evaluation": Stage(
-        evaluation.EvaluationConfig,
+        EvaluationConfig,
         evaluation.evaluate_students,
         ("cases", "rankings", "preferences"),
         ("students", "baselines"),

@@ -7,7 +7,7 @@ Shapes: N cases, M columns, G groups, D bootstrap draws, R runs of one system.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -92,6 +92,30 @@ def measure_macro_mean(values_N: Array, classes_N: Sequence[str]) -> Measurement
 
     ones_N1 = np.ones((len(values_N), 1))
     return Measurement(np.concatenate([member_NC * values_N[:, None], member_NC, ones_N1], axis=1), statistic)
+
+
+def measure_macro_f1(answers_N: Sequence[Mapping[str, float]], classes_N: Sequence[str]) -> Measurement:
+    """The mean over classes of F1 = 2 TP / (answered + present), over the classes that are present.
+
+    `answers_N` holds for each case the classes answered and their shares, which sum to 1: an answer that is a draw
+    counts by expectation. Classes that are never present count only as false answers, as in scikit-learn's
+    `f1_score(average="macro", labels=<those present>)`.
+    """
+    names, class_N = np.unique(np.asarray(classes_N, dtype=str), return_inverse=True)
+    num_classes = len(names)
+    member_NC = np.eye(num_classes)[class_N]
+    answered_NC = np.array([[answer.get(str(name), 0.0) for name in names] for answer in answers_N])
+
+    def statistic(sums_DM: Array) -> Array:
+        right_DC, answered_DC, counts_DC = (
+            sums_DM[:, part * num_classes : (part + 1) * num_classes] for part in range(3)
+        )
+        present_DC = counts_DC > 0
+        scores_DC = np.divide(2 * right_DC, answered_DC + counts_DC, out=np.zeros_like(right_DC), where=present_DC)
+        return scores_DC.sum(axis=1) / present_DC.sum(axis=1)
+
+    columns = [answered_NC * member_NC, answered_NC, member_NC, np.ones((len(class_N), 1))]
+    return Measurement(np.concatenate(columns, axis=1), statistic)
 
 
 def measure_calibration_error(confidences_N: Array, correct_N: Array, *, num_bins: int = 10) -> Measurement:

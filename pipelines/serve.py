@@ -78,10 +78,13 @@ def print_usage(
     line(f"\nReady at {url}; Ctrl+C stops it.")
     if has_page:
         line(f"  page    {url}/" + (f"#token={token_file.read_text()}" if token_file else ""))
+    is_seeing = students[0].modality == "image"
+    question = "--image tile.png" if is_seeing else '"A boy of 4 years with short stature and a webbed neck."'
     if token_file:
-        line(f'  ask     mint ask "A boy of 4 years with short stature and a webbed neck."  (token in {token_file})')
+        line(f"  ask     mint ask {question}  (token in {token_file})")
     line(f"""  curl    curl {url}/v1/models/{name}:predict -H "Authorization: Bearer {token}" \\""")
-    line("""            -H 'Content-Type: application/json' -d '{"instances": [{"text": "A boy of 4 years ..."}]}'""")
+    case = """{"image": {"b64": "'$(base64 -w0 tile.png)'"}}""" if is_seeing else '{"text": "A boy of 4 years ..."}'
+    line(f"""            -H 'Content-Type: application/json' -d '{{"instances": [{case}]}}'""")
     line(f'  openai  OpenAI(base_url="{url}/openai/v1", api_key="{token}")')
 
 

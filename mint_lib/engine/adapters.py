@@ -12,6 +12,7 @@ import pathlib
 from typing import TYPE_CHECKING, Any
 
 from mint_lib.engine.forward import BASE, ForwardPass
+from mint_lib.engine.image_features import sees_images
 from mint_lib.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -50,7 +51,8 @@ _PLAIN_FIELDS = {
 class Adapters:
     """The adapters on one base, by the keys that requests name."""
 
-    def __init__(self, model: "PreTrainedModel", forward_pass: ForwardPass):
+    def __init__(self, model: "PreTrainedModel", forward_pass: ForwardPass | None):
+        """`forward_pass` is told of every adapter; None where there can be none but the base."""
         self._model = model
         self._forward_pass = forward_pass
         self._peft_model: Any = None
@@ -72,6 +74,8 @@ class Adapters:
         if folder is None:
             self.names[key] = BASE
             return
+        if self._forward_pass is None or sees_images(self._model):
+            raise InvalidInput("Adapters of an image student are put into its weights before the engine gets them.")
         # A number and not the key: PEFT allows no dots in names.
         name = f"adapter{next(self._numbers)}"
         _check_config(folder, self._model)
@@ -100,6 +104,7 @@ class Adapters:
         else:
             self._peft_model.load_adapter(str(folder), **options)
         self._model.eval()
+        assert self._forward_pass is not None, "adapters without a forward pass are refused"
         fresh = [layer for layer in self._list_layers() if id(layer) not in self._followed]
         self._forward_pass.follow_adapters(fresh)
         self._followed |= {id(layer) for layer in fresh}

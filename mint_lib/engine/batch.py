@@ -13,18 +13,28 @@ import logging
 import random
 import time
 from collections.abc import Callable, Sequence
+from typing import TypedDict
 
 from mint_lib.engine.adapters import Adapters
 from mint_lib.engine.forward import ForwardPass, Segment
 from mint_lib.engine.key_values import KeyValues
 from mint_lib.engine.prefix_cache import BLOCK_TOKENS, Owner, PrefixCache
 from mint_lib.engine.requests import EngineLimits, EngineObserver, Event, Failed, RankRequest, Started
-from mint_lib.engine.runs import GenerateRun, RankRun, StepKind
+from mint_lib.engine.runs import GenerateRun, RankRun, See, StepKind
 from mint_lib.engine.waiting_line import Entry
 from mint_lib.errors import ComputationFailed, DeadlineExceeded, MintError
 
 logger = logging.getLogger(__name__)
 LATE = "The answer was not ready in time. Allow more time, or try again later."
+
+
+class _Parts(TypedDict):
+    """What runs of both kinds are made with."""
+
+    key_values: KeyValues
+    prefixes: PrefixCache
+    owner: Owner
+    see: See
 
 
 class Batch:
@@ -38,13 +48,16 @@ class Batch:
         prefixes: PrefixCache,
         limits: EngineLimits,
         observer: EngineObserver,
+        see: See,
         seed: int,
     ):
+        """`see` computes the features of a prompt's images."""
         self._forward_pass = forward_pass
         self._adapters = adapters
         self._prefixes = prefixes
         self._limits = limits
         self._observer = observer
+        self._see = see
         self._seeds = random.Random(seed)
         self._runs: dict[Entry, GenerateRun | RankRun] = {}
         self._num_answered = 0
@@ -78,7 +91,7 @@ class Batch:
     def fail(self, entry: Entry, error: Exception) -> None:
         """End a request, of this batch or of the waiting line, with `error`."""
         self._runs.pop(entry, None)
-        self._hand_over(entry, Failed(error=error))
+        hand_over(entry, Failed(error=error))
 
     def _drop_unwanted(self) -> None:
         now = time.monotonic()
@@ -107,14 +120,14 @@ class Batch:
         """Whether the prompt of `entry` should be begun in this pass."""
         if room == self._limits.step_tokens:
             return True
-        prompt_ids, owner = entry.request.prompt_ids, self._owner(entry)
-        num_cached = self._prefixes.count_cached(owner, prompt_ids[:-1])
-        if len(prompt_ids) - num_cached > room:
+        prefix, owner = entry.request.prefix, self._owner(entry)
+        num_cached = self._prefixes.count_cached(owner, prefix[:-1])
+        if len(prefix) - num_cached > room:
             return False
         # A prompt that goes on as one of this pass does can take that one's blocks in the next pass.
-        shared = prompt_ids[: num_cached + BLOCK_TOKENS]
+        shared = prefix[: num_cached + BLOCK_TOKENS]
         return len(shared) < num_cached + BLOCK_TOKENS or not any(
-            other.request.prompt_ids[: len(shared)] == shared and self._owner(other) == owner
+            other.request.prefix[: len(shared)] == shared and self._owner(other) == owner
             for other in segments
             if not self._runs[other].is_answering
         )
@@ -124,14 +137,19 @@ class Batch:
         request = entry.request
         run: GenerateRun | RankRun
         try:
-            key_values, owner = KeyValues(self._forward_pass.geometry), self._owner(entry)
+            parts = _Parts(
+                key_values=KeyValues(self._forward_pass.geometry),
+                prefixes=self._prefixes,
+                owner=self._owner(entry),
+                see=self._see,
+            )
             if isinstance(request, RankRequest):
-                run = RankRun(request, limits=self._limits, key_values=key_values, prefixes=self._prefixes, owner=owner)
+                run = RankRun(request, limits=self._limits, **parts)
             else:
                 seed = request.seed if request.seed is not None else self._seeds.getrandbits(63)
-                run = GenerateRun(request, seed=seed, key_values=key_values, prefixes=self._prefixes, owner=owner)
+                run = GenerateRun(request, seed=seed, **parts)
         except Exception as error:
-            self.fail(entry, _wrap(error))
+            self.fail(entry, wrap(error))
             return None
         self._runs[entry] = run
         started = Started(
@@ -147,7 +165,7 @@ class Batch:
         try:
             segments[entry] = self._runs[entry].next_segment(max_tokens)
         except Exception as error:
-            self.fail(entry, _wrap(error))
+            self.fail(entry, wrap(error))
             return 0
         return len(segments[entry].token_ids)
 
@@ -160,7 +178,7 @@ class Batch:
         except Exception as error:
             if len(segments) == 1:
                 for entry in segments:
-                    self.fail(entry, _wrap(error))
+                    self.fail(entry, wrap(error))
                 return
             self._observer.see_isolation()
             for entry, segment in segments.items():
@@ -171,7 +189,7 @@ class Batch:
             try:
                 events = self._runs[entry].take(segment, logits_WV)
             except Exception as error:
-                self.fail(entry, _wrap(error))
+                self.fail(entry, wrap(error))
             else:
                 self._deliver(entry, events)
 
@@ -192,22 +210,24 @@ class Batch:
             del self._runs[entry]
             self._num_answered += 1
         for event in events:
-            self._hand_over(entry, event)
-
-    def _hand_over(self, entry: Entry, event: Event) -> None:
-        if entry.is_cancelled:
-            return
-        try:
-            entry.deliver(event)
-        except Exception as error:
-            logger.warning("an event could not be delivered (%s); its request is dropped", type(error).__name__)
-            entry.is_cancelled = True
+            hand_over(entry, event)
 
     def _owner(self, entry: Entry) -> Owner:
         return Owner(tenant=entry.request.tenant, adapter=self._adapters.names[entry.request.adapter])
 
 
-def _wrap(error: Exception) -> MintError:
+def hand_over(entry: Entry, event: Event) -> None:
+    """Give `event` to the client of `entry`; one that cannot take it is not asked again."""
+    if entry.is_cancelled:
+        return
+    try:
+        entry.deliver(event)
+    except Exception as error:
+        logger.warning("an event could not be delivered (%s); its request is dropped", type(error).__name__)
+        entry.is_cancelled = True
+
+
+def wrap(error: Exception) -> MintError:
     """What a client is told of `error`: never the text of another package's exception, which may hold content."""
     if isinstance(error, MintError):
         return error

@@ -6,8 +6,8 @@ attention runs segment by segment, over that request's own keys and values. The 
 gives it an attention function and takes the hidden states before its output layer. It knows no requests and no queue.
 
 Shape suffixes: N tokens of all segments, Q tokens of a segment, R queries of a segment after query heads were folded,
-T places that a segment sees, H query heads, K key-value heads, D head size, E hidden size, W wanted places,
-V vocabulary.
+T places that a segment sees, H query heads, K key-value heads, D head size, E hidden size, I tokens that stand for
+images, W wanted places, V vocabulary.
 """
 
 import dataclasses
@@ -42,6 +42,10 @@ class Segment:
     """Tokens whose logits are needed, counted within the segment."""
     adapter: str = BASE
     """PEFT's name of the adapter."""
+    image_places: tuple[int, ...] = ()
+    """Tokens that stand for images, counted within the segment."""
+    image_features: "torch.Tensor | None" = None
+    """[I, E]: what is read at `image_places` in place of the tokens' own embeddings."""
 
 
 class ForwardPass:
@@ -57,7 +61,8 @@ class ForwardPass:
         self._running: _Running | None = None
         self.geometry = _read_geometry(model)
         _register_attention()
-        model.set_attn_implementation(_ATTENTION)
+        # The decoder only: a vision tower attends as it always does.
+        model.get_decoder().set_attn_implementation(_ATTENTION)
         model.get_output_embeddings().register_forward_pre_hook(self._gather_wanted)
         key_values = KeyValues(self.geometry)
         key_values.reserve(2)
@@ -76,12 +81,12 @@ class ForwardPass:
         device = self.geometry.device
         with torch.inference_mode():
             running = _Running(segments, self.geometry)
-            token_ids = [token_id for segment in segments for token_id in segment.token_ids]
+            tokens = self._embed(segments)
             self._running = running
             try:
                 # Each token is a row of length 1: LoRA layers tell adapters apart by row, other layers do not care.
                 logits_W1V = self._model(
-                    input_ids=torch.tensor(token_ids, device=device)[:, None],
+                    **tokens,
                     position_ids=torch.tensor(running.positions, device=device)[:, None],
                     # A mask of four dimensions is taken as given, so none is made; attention below does not read it.
                     attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),
@@ -92,6 +97,23 @@ class ForwardPass:
                 self._running = None
             assert len(logits_W1V) == len(running.wanted_W), "the model's output layer was replaced"
             return list(logits_W1V[:, 0].float().split([len(segment.wanted) for segment in segments]))
+
+    def _embed(self, segments: Sequence[Segment]) -> "dict[str, torch.Tensor]":
+        """The model's argument for the tokens of all segments: ids, or embeddings where some stand for images."""
+        import torch
+
+        token_ids = [token_id for segment in segments for token_id in segment.token_ids]
+        ids_N1 = torch.tensor(token_ids, device=self.geometry.device)[:, None]
+        if not any(segment.image_places for segment in segments):
+            return {"input_ids": ids_N1}
+        embedded_N1E = self._model.get_input_embeddings()(ids_N1)
+        first = 0
+        for segment in segments:
+            if segment.image_features is not None:
+                rows_I = torch.tensor(segment.image_places, device=embedded_N1E.device) + first
+                embedded_N1E[rows_I, 0] = segment.image_features.to(embedded_N1E)
+            first += len(segment.token_ids)
+        return {"inputs_embeds": embedded_N1E}
 
     def _gather_wanted(self, _module: "torch.nn.Module", inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if self._running is None:
@@ -217,7 +239,7 @@ def _read_geometry(model: "PreTrainedModel") -> Geometry:
     Raises:
         InvalidInput: its layers are not all of the plain kind.
     """
-    config = model.config
+    config = model.config.get_text_config()
     if other := set(getattr(config, "layer_types", None) or ()) - {"full_attention"}:
         raise InvalidInput(_describe_refusal(config.model_type, f"it has layers of the kind {min(other)}"))
     if not model._supports_attention_backend or not hasattr(config, "num_attention_heads"):

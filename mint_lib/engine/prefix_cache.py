@@ -2,8 +2,9 @@
 
 Goes in: blocks of 32 tokens with their keys and values. Comes out: the blocks a new prompt begins with. A block belongs
 to exactly one chain of earlier blocks, and tokens are compared, not digests of them: two prefixes cannot be mistaken
-for each other. Chains of different owners never meet, so nobody can learn from a faster answer what another tenant
-asked. The least recently used blocks go first, and never a block before those that follow it. Not for several threads.
+for each other. At an image's places the SHA-256 of what is seen is compared. Chains of different owners never meet, so
+nobody can learn from a faster answer what another tenant asked. The least recently used blocks go first, and never a
+block before those that follow it. Not for several threads.
 """
 
 import collections
@@ -11,6 +12,8 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
+
+from mint_lib.engine.requests import PrefixToken
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +35,7 @@ class _Key:
 
     follows: "Owner | int"
     """The owner for a first block, else the serial number of the block before."""
-    token_ids: tuple[int, ...]
+    tokens: tuple[PrefixToken, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,28 +57,28 @@ class PrefixCache:
         self._num_evicted = 0
         self.num_bytes = 0
 
-    def find(self, owner: Owner, token_ids: Sequence[int]) -> "list[torch.Tensor]":
-        """Memory of the longest known chain of blocks that `token_ids` begins with."""
-        chain = self._find_chain(owner, token_ids)
+    def find(self, owner: Owner, tokens: Sequence[PrefixToken]) -> "list[torch.Tensor]":
+        """Memory of the longest known chain of blocks that `tokens` begins with."""
+        chain = self._find_chain(owner, tokens)
         self._touch(chain)
         return [block.memory for block in chain]
 
-    def count_cached(self, owner: Owner, token_ids: Sequence[int]) -> int:
+    def count_cached(self, owner: Owner, tokens: Sequence[PrefixToken]) -> int:
         """How many tokens `find` would give the memory of."""
-        return len(self._find_chain(owner, token_ids)) * BLOCK_TOKENS
+        return len(self._find_chain(owner, tokens)) * BLOCK_TOKENS
 
-    def store(self, owner: Owner, token_ids: Sequence[int], copy_out: "Callable[[int, int], torch.Tensor]") -> None:
-        """Keep the full blocks of `token_ids`; `copy_out(start, stop)` gives the memory of those not there yet."""
-        chain = self._find_chain(owner, token_ids)
+    def store(
+        self, owner: Owner, tokens: Sequence[PrefixToken], copy_out: "Callable[[int, int], torch.Tensor]"
+    ) -> None:
+        """Keep the full blocks of `tokens`; `copy_out(start, stop)` gives the memory of those not there yet."""
+        chain = self._find_chain(owner, tokens)
         self._touch(chain)
-        for start in range(len(chain) * BLOCK_TOKENS, len(token_ids) - BLOCK_TOKENS + 1, BLOCK_TOKENS):
+        for start in range(len(chain) * BLOCK_TOKENS, len(tokens) - BLOCK_TOKENS + 1, BLOCK_TOKENS):
             memory = copy_out(start, start + BLOCK_TOKENS)
             num_bytes = memory.numel() * memory.element_size()
             if not self._make_room(num_bytes, kept={block.serial for block in chain}):
                 break
-            key = _Key(
-                follows=chain[-1].serial if chain else owner, token_ids=tuple(token_ids[start : start + BLOCK_TOKENS])
-            )
+            key = _Key(follows=chain[-1].serial if chain else owner, tokens=tuple(tokens[start : start + BLOCK_TOKENS]))
             block = _Block(key=key, owner=owner, serial=next(self._serials), memory=memory, num_bytes=num_bytes)
             self._blocks[key] = block
             self.num_bytes += num_bytes
@@ -92,11 +95,11 @@ class PrefixCache:
         num_evicted, self._num_evicted = self._num_evicted, 0
         return num_evicted
 
-    def _find_chain(self, owner: Owner, token_ids: Sequence[int]) -> list[_Block]:
+    def _find_chain(self, owner: Owner, tokens: Sequence[PrefixToken]) -> list[_Block]:
         chain: list[_Block] = []
-        for start in range(0, len(token_ids) - BLOCK_TOKENS + 1, BLOCK_TOKENS):
+        for start in range(0, len(tokens) - BLOCK_TOKENS + 1, BLOCK_TOKENS):
             follows = chain[-1].serial if chain else owner
-            block = self._blocks.get(_Key(follows=follows, token_ids=tuple(token_ids[start : start + BLOCK_TOKENS])))
+            block = self._blocks.get(_Key(follows=follows, tokens=tuple(tokens[start : start + BLOCK_TOKENS])))
             if block is None:
                 break
             chain.append(block)

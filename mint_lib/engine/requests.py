@@ -1,10 +1,11 @@
 """What the engine is asked and what it tells: plain records of token ids and numbers.
 
 Goes in: nothing. Comes out: the requests, the events that answer them, the limits, and the observer that is told what
-the engine does. No tensor, no text of a case, no HTTP.
+the engine does. No text of a case, no HTTP, and of tensors those of a prompt's images only.
 """
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -12,8 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field
 if TYPE_CHECKING:
     from mint_lib.engine.answer_format import AnswerFormat
     from mint_lib.engine.label_trie import LabelTrie
+    from mint_lib.engine.prompt_images import PromptImages
 
 FinishReason = Literal["stop", "length"]
+PrefixToken = int | tuple[str, int]
+"""What a place of a prompt holds: a token, or a piece of an image, by the images' digest and the piece's number."""
 
 
 class EngineLimits(BaseModel):
@@ -47,8 +51,20 @@ class Request:
     adapter: str
     """Key of an adapter that `Engine.add_adapter` was given."""
     prompt_ids: tuple[int, ...]
+    images: "PromptImages | None" = None
+    """What stands at the prompt's image tokens; None: it is all text."""
     deadline: float
     """`time.monotonic()` after which nobody wants the answer."""
+
+    @functools.cached_property
+    def prefix(self) -> tuple[PrefixToken, ...]:
+        """What equal beginnings of prompts are told by. Image tokens are the same for every image, so images count."""
+        if self.images is None:
+            return self.prompt_ids
+        held: list[PrefixToken] = list(self.prompt_ids)
+        for number, place in enumerate(self.images.places):
+            held[place] = (self.images.digest, number)
+        return tuple(held)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -3,17 +3,21 @@
 Goes in: a request and, after each pass, logits. Comes out: segments for the next pass and the events that answer the
 request. A ranking and a generated answer begin alike, with their prompt. A run knows neither the queue nor other runs.
 
-Shape suffixes: Q tokens of a segment, T places that a segment sees, W wanted places, V vocabulary, S edges.
+Shape suffixes: Q tokens of a segment, T places that a segment sees, W wanted places, V vocabulary, S edges,
+I places that stand for images, E hidden size.
 """
 
 import abc
+import bisect
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
 from mint_lib.engine.decoding import Answer
 from mint_lib.engine.forward import Segment
 from mint_lib.engine.key_values import KeyValues
 from mint_lib.engine.prefix_cache import BLOCK_TOKENS, Owner, PrefixCache
+from mint_lib.engine.prompt_images import PromptImages
 from mint_lib.engine.ranking import LabelRanking, Wave
 from mint_lib.engine.requests import (
     EngineLimits,
@@ -30,25 +34,33 @@ if TYPE_CHECKING:
     import torch
 
 StepKind = Literal["prompt", "decode", "labels"]
+See = Callable[[PromptImages], "torch.Tensor"]
+"""From a prompt's images to what is read at their places, [I, E]."""
 
 
 class Run(abc.ABC):
     """A request that is being computed."""
 
-    def __init__(self, request: Request, *, key_values: KeyValues, prefixes: PrefixCache, owner: Owner):
+    def __init__(self, request: Request, *, key_values: KeyValues, prefixes: PrefixCache, owner: Owner, see: See):
         self.is_done = False
         self._prompt_ids = request.prompt_ids
+        self._prefix = request.prefix
         self._key_values = key_values
         self._prefixes = prefixes
         self._owner = owner
         self._is_prompt_stored = False
         # The last token is always computed: its hidden state predicts the answer.
-        blocks = prefixes.find(owner, self._prompt_ids[:-1])
+        blocks = prefixes.find(owner, self._prefix[:-1])
         self.num_cached_tokens = len(blocks) * BLOCK_TOKENS
         key_values.reserve(len(self._prompt_ids))
         for index, block in enumerate(blocks):
             key_values.copy_in(index * BLOCK_TOKENS, block)
         self._num_computed = self.num_cached_tokens
+        self._image_places = request.images.places if request.images is not None else ()
+        self._image_features: torch.Tensor | None = None
+        # Images whose places all come from the cache need not be looked at again.
+        if request.images is not None and any(place >= self._num_computed for place in self._image_places):
+            self._image_features = see(request.images)
 
     @property
     @abc.abstractmethod
@@ -87,8 +99,9 @@ class Run(abc.ABC):
         self._num_computed += len(segment.token_ids)
         # A chunk without wanted places says nothing on whether its numbers are finite: nothing is kept of it as yet.
         if segment.wanted and not self._is_prompt_stored:
-            self._prefixes.store(self._owner, self._prompt_ids, self._key_values.copy_out)
+            self._prefixes.store(self._owner, self._prefix, self._key_values.copy_out)
             self._is_prompt_stored = True
+            self._image_features = None
         return self._go_on(logits_WV) if segment.wanted else []
 
     @abc.abstractmethod
@@ -103,15 +116,26 @@ class Run(abc.ABC):
         seen_QT: "torch.Tensor | None" = None,
         wanted: tuple[int, ...],
     ) -> Segment:
-        self._key_values.reserve(self._num_computed + len(token_ids))
+        start, stop = self._num_computed, self._num_computed + len(token_ids)
+        self._key_values.reserve(stop)
+        image_places: tuple[int, ...] = ()
+        features_IE = self._image_features
+        if features_IE is not None:
+            within = slice(*(bisect.bisect_left(self._image_places, place) for place in (start, stop)))
+            image_places, features_IE = (
+                tuple(place - start for place in self._image_places[within]),
+                features_IE[within],
+            )
         return Segment(
             key_values=self._key_values,
-            start=self._num_computed,
+            start=start,
             token_ids=token_ids,
             positions=positions,
             seen=seen_QT,
             wanted=wanted,
             adapter=self._owner.adapter,
+            image_places=image_places,
+            image_features=features_IE,
         )
 
 
@@ -119,9 +143,16 @@ class GenerateRun(Run):
     """An answer that is generated: the prompt, then a few tokens per pass."""
 
     def __init__(
-        self, request: GenerateRequest, *, seed: int, key_values: KeyValues, prefixes: PrefixCache, owner: Owner
+        self,
+        request: GenerateRequest,
+        *,
+        seed: int,
+        key_values: KeyValues,
+        prefixes: PrefixCache,
+        owner: Owner,
+        see: See,
     ):
-        super().__init__(request, key_values=key_values, prefixes=prefixes, owner=owner)
+        super().__init__(request, key_values=key_values, prefixes=prefixes, owner=owner, see=see)
         self._answer = Answer(request, seed=seed)
         self._num_told = 0
 
@@ -175,8 +206,9 @@ class RankRun(Run):
         key_values: KeyValues,
         prefixes: PrefixCache,
         owner: Owner,
+        see: See,
     ):
-        super().__init__(request, key_values=key_values, prefixes=prefixes, owner=owner)
+        super().__init__(request, key_values=key_values, prefixes=prefixes, owner=owner, see=see)
         self._ranking = LabelRanking(request.trie, limits, request.num_proven)
         self._wave = self._need_wave()
         # For each place of all waves: the places it sees (itself and what it follows), and its depth below the prompt.

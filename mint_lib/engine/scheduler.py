@@ -11,12 +11,15 @@ import pathlib
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from mint_lib.engine.adapters import Adapters
 from mint_lib.engine.batch import LATE, Batch
 from mint_lib.engine.forward import ForwardPass
+from mint_lib.engine.image_features import ImageFeatures, is_batched, sees_images
+from mint_lib.engine.one_by_one import CollateImages, OneByOne
 from mint_lib.engine.prefix_cache import PrefixCache
+from mint_lib.engine.prompt_images import PromptImages
 from mint_lib.engine.requests import EngineLimits, EngineObserver, Event, GenerateRequest, RankRequest
 from mint_lib.engine.waiting_line import Entry, WaitingLine
 from mint_lib.errors import ComputationFailed, DeadlineExceeded, Draining, InvalidInput, MintError
@@ -44,25 +47,50 @@ class Ticket:
 class Engine:
     """Answers requests with one model. Public methods may be called from any thread but the engine's own."""
 
-    def __init__(self, model: "PreTrainedModel", *, limits: EngineLimits, observer: EngineObserver, seed: int = 0):
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        *,
+        limits: EngineLimits,
+        observer: EngineObserver,
+        seed: int = 0,
+        collate_images: CollateImages | None = None,
+    ):
         """Prepare `model`: a base without adapter, in evaluation mode, on its device, quantised if it is to be.
+
+        `collate_images` is the reader's, for an image student of a family that is served one request at a time.
 
         Raises:
             InvalidInput: the model's layers are of a kind that the engine does not serve.
         """
         self._observer = observer
         self._num_tokens_known = model.get_input_embeddings().num_embeddings
-        forward_pass = ForwardPass(model)
-        self._adapters = Adapters(model, forward_pass)
+        self._sees_images = sees_images(model)
         self._prefixes = PrefixCache(limits.prefix_cache_mib * _MIB)
-        self._batch = Batch(
-            forward_pass=forward_pass,
-            adapters=self._adapters,
-            prefixes=self._prefixes,
-            limits=limits,
-            observer=observer,
-            seed=seed,
-        )
+        self._batch: Batch | OneByOne
+        if self._sees_images and not is_batched(model) and collate_images is not None:
+            self._adapters = Adapters(model, None)
+            self._batch = OneByOne(
+                model,
+                collate_images=collate_images,
+                limits=limits,
+                observer=observer,
+                is_stopping=lambda: self._is_stopping,
+                seed=seed,
+            )
+        else:
+            see = ImageFeatures(model).compute if self._sees_images else _refuse_images
+            forward_pass = ForwardPass(model)
+            self._adapters = Adapters(model, forward_pass)
+            self._batch = Batch(
+                forward_pass=forward_pass,
+                adapters=self._adapters,
+                prefixes=self._prefixes,
+                limits=limits,
+                observer=observer,
+                see=see,
+                seed=seed,
+            )
         # Its lock, which its holder may take again, guards the line, the names of adapters, commands and switches.
         # The batch and the prefixes belong to the engine's thread.
         self._changed = threading.Condition()
@@ -149,6 +177,8 @@ class Engine:
         # An id beyond the embedding would break the pass, and on a GPU the whole process.
         if min(request.prompt_ids) < 0 or max(request.prompt_ids) >= self._num_tokens_known:
             raise InvalidInput(f"Token ids must be from 0 to {self._num_tokens_known - 1}.")
+        if request.images is not None and not self._sees_images:
+            _refuse_images(request.images)
         if isinstance(request, GenerateRequest) and request.max_new_tokens < 1:
             raise InvalidInput(f"max_new_tokens is {request.max_new_tokens}; give 1 or more.")
 
@@ -247,3 +277,7 @@ class Engine:
         if num_evicted or self._prefixes.num_bytes != self._told_bytes:
             self._told_bytes = self._prefixes.num_bytes
             self._observer.see_prefix_cache(num_bytes=self._told_bytes, num_evicted_blocks=num_evicted)
+
+
+def _refuse_images(_images: PromptImages) -> NoReturn:
+    raise InvalidInput("The model reads text only. Leave the images out.")

@@ -1,16 +1,20 @@
 """Report exhibits: what a report shows beside its numbers.
 
-Goes in: findings, predictions, cases and training histories. Comes out: curves, reliability bins, confusions of the
-worst families, and example cases. A case is shown only if it is synthetic. It knows nothing of pages or pictures.
+Goes in: findings, predictions, cases, training histories and the grounding probe. Comes out: curves, reliability bins,
+confusions, example cases, and what the probe showed. An observed case is shown only where the recipe allows it, and its
+text never. It knows nothing of pages or plots.
 """
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from mint_lib.records import Case, EvaluationReport, Label, Prediction
+from mint_lib.reporting.altered_images import shrink
+from mint_lib.reporting.grounding import Probe
+from mint_lib.reporting.perturbations import perturb
 from mint_lib.statistics import ReliabilityBin, reliability_bins
 
 Histories = Mapping[str, Sequence[Mapping[str, float | str]]]
@@ -22,8 +26,11 @@ _CURVES = {
 }
 _WORST_FAMILIES = 2
 _CONFUSED_LABELS = 6
-_EXAMPLES_EACH = 2
+_EXAMPLES_EACH = {"text": 2, "image": 3}
 _SHOWN_ANSWERS = 5
+_LONGEST_PIXELS = 256
+"""Of an image in a report; it is shown at half of it, so that a dense screen has all it can show."""
+Shows = Literal["synthetic", "with_observed_images"]
 
 
 class Curve(NamedTuple):
@@ -35,11 +42,11 @@ class Curve(NamedTuple):
 
 
 class Confusion(NamedTuple):
-    """What the main student ranks first for the diagnoses of one family."""
+    """What the main student ranks first for the labels of one family, or for all."""
 
     family: str
     names: tuple[str, ...]
-    """Diagnoses, as rows; the columns are the same and last `another`."""
+    """Labels, as rows; the columns are the same, and last `another` where there is any other."""
     counts: tuple[tuple[float, ...], ...]
 
 
@@ -48,20 +55,47 @@ class Answers(NamedTuple):
 
     system: str
     rows: tuple[tuple[str, float, bool], ...]
-    """Name, probability, and whether it is the diagnosis."""
+    """Name, probability, and whether it is the case's label."""
     rank: int
-    """Rank of the diagnosis."""
+    """Rank of the case's label."""
 
 
 class Example(NamedTuple):
-    """One synthetic test case with what systems answered."""
+    """One test case with what systems answered."""
 
     case_id: str
     text: str
+    """Empty for an observed case."""
     image: bytes | None
-    diagnosis: str
+    label: str
     outcome: str
     answers: tuple[Answers, ...]
+
+
+class Altered(NamedTuple):
+    """What a probe showed instead of a case's image, and what the student answered."""
+
+    kind: str
+    """`own` for the case's own image."""
+    image: bytes
+    answer: str
+    is_own_label: bool
+
+
+class Strip(NamedTuple):
+    """One case in all variants of the grounding probe."""
+
+    case_id: str
+    label: str
+    altered: tuple[Altered, ...]
+
+
+class Worse(NamedTuple):
+    """One image in a worse state."""
+
+    kind: str
+    level: float
+    image: bytes
 
 
 class Exhibits(NamedTuple):
@@ -71,6 +105,9 @@ class Exhibits(NamedTuple):
     reliability: Mapping[str, Sequence[ReliabilityBin]] = {}
     confusions: tuple[Confusion, ...] = ()
     examples: tuple[Example, ...] = ()
+    strip: Strip | None = None
+    worse: tuple[Worse, ...] = ()
+    """One case's image in the states that were measured, by kind and from weak to strong."""
     label_names: Mapping[str, str] = {}
 
 
@@ -80,6 +117,10 @@ def collect_exhibits(
     cases: Sequence[Case],
     labels: Sequence[Label],
     histories: Histories,
+    *,
+    confusion: Literal["families", "labels"],
+    probe: Probe | None = None,
+    shows: Shows = "synthetic",
 ) -> Exhibits:
     """The exhibits of `report`. Where a system has several runs, its first stands for it; curves show all."""
     first: dict[str, Sequence[Prediction]] = {}
@@ -89,8 +130,12 @@ def collect_exhibits(
     return Exhibits(
         curves=collect_curves(histories),
         reliability={name: _bins(first[name]) for name in shown},
-        confusions=collect_confusions(first[report.main], labels),
-        examples=draw_examples(report, {name: first[name] for name in shown}, cases, labels),
+        confusions=collect_confusions(first[report.main], labels)
+        if confusion == "families"
+        else (confuse_all(first[report.main], labels, family=f"All {report.wording.labels}"),),
+        examples=draw_examples(report, {name: first[name] for name in shown}, cases, labels, shows=shows),
+        strip=choose_strip(probe, labels, shows=shows) if probe else None,
+        worse=worsen_example(report, cases, shows=shows),
         label_names={label.id: label.name for label in labels},
     )
 
@@ -138,20 +183,35 @@ def collect_confusions(predictions: Sequence[Prediction], labels: Sequence[Label
     return tuple(confusions)
 
 
+def confuse_all(predictions: Sequence[Prediction], labels: Sequence[Label], *, family: str) -> Confusion:
+    """The confusions of all labels in their order, those without a test case too."""
+    ids = [label.id for label in labels]
+    counts = np.zeros((len(ids), len(ids)))
+    for row in predictions:
+        counts[ids.index(row.label_id), ids.index(row.ranked_ids[0])] += 1
+    return Confusion(family, tuple(label.name for label in labels), tuple(tuple(map(float, line)) for line in counts))
+
+
 def draw_examples(
     report: EvaluationReport,
     predictions: Mapping[str, Sequence[Prediction]],
     cases: Sequence[Case],
     labels: Sequence[Label],
+    *,
+    shows: Shows,
 ) -> tuple[Example, ...]:
-    """Synthetic cases drawn by lot with the report's seed: as many that the main student ranks first as others."""
+    """Cases drawn by lot with the report's seed: as many that the main student ranks first as others.
+
+    Of images, each of the first and each of the others is of another label, as far as there are any.
+    """
     name_of = {label.id: label.name for label in labels}
     order = np.random.default_rng(report.seed).permutation(len(cases))
     drawn: dict[bool, list[int]] = {True: [], False: []}
     for index in map(int, order):
         prediction = predictions[report.main][index]
         group = drawn[prediction.ranked_ids[0] == prediction.label_id]
-        if cases[index].synthetic and len(group) < _EXAMPLES_EACH:
+        is_new = report.reads == "text" or all(cases[other].label_id != cases[index].label_id for other in group)
+        if _may_be_shown(cases[index], shows) and is_new and len(group) < _EXAMPLES_EACH[report.reads]:
             group.append(index)
     examples = []
     for is_right, indices in drawn.items():
@@ -161,14 +221,60 @@ def draw_examples(
             examples.append(
                 Example(
                     case_id=case.case_id,
-                    text=case.text or "",
-                    image=case.image,
-                    diagnosis=name_of[str(case.label_id)],
+                    text=(case.text or "") if case.synthetic else "",
+                    image=shrink(case.image, longest_pixels=_LONGEST_PIXELS) if case.image else None,
+                    label=name_of[str(case.label_id)],
                     outcome="ranked first" if is_right else "not ranked first",
                     answers=answers,
                 )
             )
     return tuple(examples)
+
+
+def choose_strip(probe: Probe, labels: Sequence[Label], *, shows: Shows) -> Strip | None:
+    """The first probed case that may be shown in all variants, one that is answered rightly if there is any."""
+    allowed = [
+        place
+        for place, case in enumerate(probe.cases)
+        if all(
+            _may_be_shown(item, shows)
+            for item in (case, probe.donors["permuted"][place], probe.donors["swapped"][place])
+        )
+    ]
+    if not allowed:
+        return None
+    right = [place for place in allowed if probe.own.answers[place] == probe.cases[place].label_id]
+    place = (right or allowed)[0]
+    case, name_of = probe.cases[place], {label.id: label.name for label in labels}
+    altered = tuple(
+        Altered(
+            kind=kind,
+            image=shrink(shown.images[place], longest_pixels=_LONGEST_PIXELS),
+            answer=name_of[shown.answers[place]],
+            is_own_label=shown.answers[place] == case.label_id,
+        )
+        for kind, shown in (("own", probe.own), *probe.shown.items())
+    )
+    return Strip(case.case_id, name_of[str(case.label_id)], altered)
+
+
+def worsen_example(report: EvaluationReport, cases: Sequence[Case], *, shows: Shows) -> tuple[Worse, ...]:
+    """The image of the first case that may be shown, at every level that was measured."""
+    images = [case.image for case in cases if case.image and _may_be_shown(case, shows)]
+    return tuple(
+        Worse(
+            item.kind,
+            found.level,
+            shrink(perturb(images[0], item.kind, found.level, seed=report.seed), longest_pixels=_LONGEST_PIXELS),
+        )
+        for item in report.perturbations
+        for found in item.levels
+        if images
+    )
+
+
+def _may_be_shown(case: Case, shows: Shows) -> bool:
+    return case.synthetic or (shows == "with_observed_images" and case.image is not None)
 
 
 def _answers(system: str, prediction: Prediction, name_of: Mapping[str, str]) -> Answers:

@@ -11,14 +11,12 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy
 
 from mint_lib.errors import InvalidInput, RefusedData
-from mint_lib.reading import encode_answer, encode_prompt
+from mint_lib.reading import Reader, encode_answer
 from mint_lib.records import Case, Label, Ranking, Reference
 from mint_lib.student import encode_first_items
 from mint_lib.template import Template
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from mint_lib.store import Store
 
 _SHOWN_CASE_IDS = 20
@@ -29,7 +27,7 @@ class Material:
     """What a task asks about."""
 
     cases: tuple[Case, ...]
-    """Test cases with a text and a known diagnosis."""
+    """Test cases with a known label and what the template asks about: a text or an image."""
     labels: tuple[Label, ...]
     template: Template
     teacher: Mapping[str, Ranking]
@@ -45,27 +43,35 @@ class Material:
 
 def read_material(
     store: "Store",
-    tokenizer: "PreTrainedTokenizerBase",
+    reader: Reader,
     *,
     cases: Reference,
     rankings: Reference,
     preferences: Reference,
+    reads: str,
     window_tokens: int,
     max_refused_share: float,
     seed: int,
 ) -> tuple[Material, dict[str, int]]:
     """The test cases that every system can be asked about, and the counts of all by cause.
 
+    `reads` is what students read; the template of the preferences must ask about it.
+
     Raises:
-        InvalidInput: the rankings belong to other cases or labels.
+        InvalidInput: the template asks about something else, or the rankings belong to other cases or labels.
         RefusedData: no case is left, or more than the allowed share of prompts exceed the window.
     """
     labels = tuple(Label.model_validate(label) for label in cast(list[Any], store.read_json(cases, "labels.json")))
     template = Template.from_bytes(store.read_bytes(preferences, "template.yaml"))
+    if template.reads != reads:
+        raise InvalidInput(
+            f"The template of {preferences} asks about {template.reads}, and the students to measure read {reads}. "
+            "Evaluate with the preferences that these students were aligned on."
+        )
     pairing = store.record(preferences).config
     rows = store.read_rows(cases, "test.parquet", Case)
     kept, refused = select_cases(
-        rows, labels, template, tokenizer, window_tokens=window_tokens, max_refused_share=max_refused_share
+        rows, labels, template, reader, window_tokens=window_tokens, max_refused_share=max_refused_share
     )
     label_ids = [case.label_id for case in store.read_rows(cases, "train.parquet", Case)]
     material = Material(
@@ -84,7 +90,7 @@ def read_material(
         **{f"refused_{cause}": len(case_ids) for cause, case_ids in refused.items()},
         "measured_cases": len(kept),
         "measured_patients": len({case.group_id for case in kept}),
-        "measured_with_photo": sum(case.image is not None for case in kept),
+        **({"measured_with_photo": sum(case.image is not None for case in kept)} if reads == "text" else {}),
         "labels": len(labels),
         "labelled_train_cases": sum(material.label_counts.values()),
         "train_cases": len(label_ids),
@@ -96,7 +102,7 @@ def select_cases(
     rows: Sequence[Case],
     labels: Sequence[Label],
     template: Template,
-    tokenizer: "PreTrainedTokenizerBase",
+    reader: Reader,
     *,
     window_tokens: int,
     max_refused_share: float,
@@ -108,17 +114,18 @@ def select_cases(
     """
     known = {label.id for label in labels}
     names = sorted((label.name for label in labels), key=len)[-template.num_answers :]
-    room = window_tokens - len(encode_answer(tokenizer, template.answer(names)))
+    room = window_tokens - len(encode_answer(reader.tokenizer, template.answer(names)))
     kept: list[Case] = []
-    refused: dict[str, list[str]] = {"no_diagnosis": [], "other_diagnosis": [], "no_text": [], "longer_than_window": []}
+    nothing_to_read = f"no_{template.reads}"
+    refused: dict[str, list[str]] = {"no_label": [], "other_label": [], nothing_to_read: [], "longer_than_window": []}
     for case in rows:
         if case.label_id is None:
-            refused["no_diagnosis"].append(case.case_id)
+            refused["no_label"].append(case.case_id)
         elif case.label_id not in known:
-            refused["other_diagnosis"].append(case.case_id)
-        elif not (case.text and case.text.strip()):
-            refused["no_text"].append(case.case_id)
-        elif len(encode_prompt(tokenizer, template.prompt(case.text))) > room:
+            refused["other_label"].append(case.case_id)
+        elif not template.can_ask(case):
+            refused[nothing_to_read].append(case.case_id)
+        elif _count_prompt_tokens(case, template, reader) > room:
             refused["longer_than_window"].append(case.case_id)
         else:
             kept.append(case)
@@ -140,21 +147,21 @@ def draw_validation_cases(
     rows: Sequence[Case],
     labels: Sequence[Label],
     template: Template,
-    tokenizer: "PreTrainedTokenizerBase",
+    reader: Reader,
     *,
     window_tokens: int,
     num_cases: int,
     seed: int,
 ) -> list[Case]:
-    """At most `num_cases` of `rows`, drawn from those with a text, a known diagnosis, and room for an answer."""
+    """At most `num_cases` of `rows`, drawn from those with a known label that can be asked about and leave room."""
     known = {label.id for label in labels}
-    usable = [case for case in rows if case.label_id in known and case.text and case.text.strip()]
-    room = window_tokens - max(len(answer) for answer in encode_first_items(tokenizer, template, labels))
+    usable = [case for case in rows if case.label_id in known and template.can_ask(case)]
+    room = window_tokens - max(len(answer) for answer in encode_first_items(reader.tokenizer, template, labels))
     drawn: list[Case] = []
     for place in numpy.random.default_rng(seed).permutation(len(usable)):
         if len(drawn) == num_cases:
             break
-        if len(encode_prompt(tokenizer, template.prompt(usable[place].text or ""))) <= room:
+        if _count_prompt_tokens(usable[place], template, reader) <= room:
             drawn.append(usable[place])
     return drawn
 
@@ -172,3 +179,9 @@ def check_rankings(material: Material, rankings: Mapping[str, Ranking], *, where
             f"{where} does not rank the {len(known)} labels for {len(bad)} of {len(material.cases)} test cases: "
             f"{', '.join(bad[:_SHOWN_CASE_IDS])}. Run the teacher stage on these cases."
         )
+
+
+def _count_prompt_tokens(case: Case, template: Template, reader: Reader) -> int:
+    """Tokens of the question about `case`, those of its image among them."""
+    question = template.question(case)
+    return len(reader.read(question.turns, question.images, case_id=case.case_id).ids)

@@ -10,25 +10,47 @@ from collections.abc import Mapping
 from typing import Any
 
 from mint_lib.records import EvaluationReport
-from mint_lib.reporting.exhibits import Exhibits
-from mint_lib.reporting.plots import draw_confusion, draw_curve, draw_intervals, draw_reliability
-from mint_lib.reporting.sentences import capitalise, describe_rule, format_p_value, format_value, judge, name_system
+from mint_lib.reporting.exhibits import Confusion, Exhibits
+from mint_lib.reporting.plots import (
+    draw_confusion,
+    draw_curve,
+    draw_intervals,
+    draw_perturbation,
+    draw_reliability,
+    is_large,
+)
+from mint_lib.reporting.sentences import (
+    capitalise,
+    describe_level,
+    describe_rule,
+    format_p_value,
+    format_value,
+    is_grounded,
+    judge,
+    name_system,
+    name_variant,
+)
 
 _TEMPLATES = pathlib.Path(__file__).parents[1] / "templates"
-_CAUSES = {
-    "refused_no_diagnosis": "Left out: the diagnosis is not known",
-    "refused_other_diagnosis": "Left out: the diagnosis is not in the label set",
+_FACTS = {
+    "refused_no_label": "Left out: the {label} is not known",
+    "refused_other_label": "Left out: the {label} is not in the label set",
     "refused_no_text": "Left out: no text, which is all a student reads",
-    "refused_longer_than_window": "Left out: the text does not fit the student's window",
+    "refused_no_image": "Left out: no image, which is all a student sees",
+    "refused_longer_than_window": "Left out: the {reads} does not fit the student's window",
     "test_cases": "Test cases",
     "measured_cases": "Measured cases",
     "measured_patients": "Measured patients",
     "measured_with_photo": "Measured cases with a photo",
-    "labels": "Diagnoses in the label set",
+    "labels": "{Labels} in the label set",
     "train_cases": "Training cases",
-    "labelled_train_cases": "Training cases with a known diagnosis",
+    "labelled_train_cases": "Training cases with a known {label}",
 }
-_SLICES = {"label": "diagnosis"}
+_PERTURBATIONS = {
+    "stain": "Stain: haematoxylin and eosin stronger or weaker by this share.",
+    "blur": "Blur: standard deviation of a Gaussian.",
+    "compression": "Compression: quality of a JPEG.",
+}
 
 
 def render_report(report: EvaluationReport, exhibits: Exhibits) -> str:
@@ -49,16 +71,22 @@ def render_report(report: EvaluationReport, exhibits: Exhibits) -> str:
         "format_value": format_value,
         "name_of": lambda name: capitalise(name_system(report, name)),
         "judge": judge,
+        "name_variant": lambda kind: capitalise(name_variant(kind, report.wording)),
+        "percent": report.metrics.get("top_1"),
+        "words": report.wording,
     }
     page = environment.get_template("report.html").render(
         report=report,
-        facts=[(_CAUSES.get(key, key.replace("_", " ")), count) for key, count in report.counts.items()],
+        facts=[(_name_fact(report, key), count) for key, count in report.counts.items()],
         rules=[(describe_rule(report, rule), rule) for rule in report.gate.rules],
         tables=_list_tables(report),
         tested=list(dict.fromkeys(item.metric for item in report.comparisons)),
         slices=_list_slices(report, exhibits),
         pictures=_draw_pictures(report, exhibits),
         examples=exhibits.examples,
+        strip=exhibits.strip,
+        worse=[(describe_level(item.kind, item.level), item.image) for item in exhibits.worse],
+        may_be_promoted=report.gate.passed and (report.reads == "text" or is_grounded(report)),
         encode_image=_encode_image,
     )
     return str(page)
@@ -87,7 +115,7 @@ def _list_slices(report: EvaluationReport, exhibits: Exhibits) -> list[dict[str,
     shown = [name for name in report.order if name == report.main or report.roles[name] in ("base", "teacher")]
     return [
         {
-            "title": _SLICES.get(title, title),
+            "title": report.wording.label if title == "label" else title.replace("_", " "),
             "metric": report.metrics[report.lead],
             "systems": shown,
             "rows": [
@@ -104,7 +132,8 @@ def _draw_pictures(report: EvaluationReport, exhibits: Exhibits) -> dict[str, li
     """Section to captions and SVG. Markup, because the page inserts SVG as it is; the plots escape their text."""
     from markupsafe import Markup
 
-    metrics = [metric for metric in ("top_1", "top_3", "mrr") if metric in report.systems[report.main]]
+    wanted = ("top_1", "top_3", "mrr") if "macro_f1" not in report.metrics else ("top_1", "macro_f1", "top_5")
+    metrics = [metric for metric in wanted if metric in report.systems[report.main]]
     rows_of = {
         metric: [
             (
@@ -118,6 +147,7 @@ def _draw_pictures(report: EvaluationReport, exhibits: Exhibits) -> dict[str, li
         for metric in metrics
     }
     names = {name: _short_name(report, name) for name in report.order}
+    confusions = exhibits.confusions
     drawn: Mapping[str, list[tuple[str, str]]] = {
         "ranking": [
             (
@@ -136,8 +166,19 @@ def _draw_pictures(report: EvaluationReport, exhibits: Exhibits) -> dict[str, li
         if exhibits.reliability
         else [],
         "confusion": [
-            (f"{item.family}. Rows: the diagnosis. Columns: what the student ranks first.", draw_confusion(item))
-            for item in exhibits.confusions
+            (_caption_confusion(report, item), draw_confusion(item)) for item in confusions if not is_large(item)
+        ],
+        "large": [(_caption_confusion(report, item), draw_confusion(item)) for item in confusions if is_large(item)],
+        "perturbation": [
+            (
+                _PERTURBATIONS[item.kind],
+                draw_perturbation(
+                    item,
+                    [describe_level(item.kind, level.level, short=True) for level in item.levels],
+                    chance=1 / report.counts["labels"],
+                ),
+            )
+            for item in report.perturbations
         ],
     }
     return {section: [(caption, Markup(svg)) for caption, svg in pictures] for section, pictures in drawn.items()}  # noqa: S704
@@ -147,6 +188,15 @@ def _short_name(report: EvaluationReport, name: str) -> str:
     if report.roles[name] == "reference":
         return {"majority": "most frequent"}.get(name, name)
     return name_system(report, name).removeprefix("the ").removesuffix(" baseline")
+
+
+def _caption_confusion(report: EvaluationReport, item: Confusion) -> str:
+    return f"{item.family}. Rows: the {report.wording.label}. Columns: what the student ranks first."
+
+
+def _name_fact(report: EvaluationReport, key: str) -> str:
+    label, labels = report.wording.label, capitalise(report.wording.labels)
+    return _FACTS.get(key, key.replace("_", " ")).format(label=label, Labels=labels, reads=report.reads)
 
 
 def _encode_image(data: bytes) -> str:

@@ -6,11 +6,12 @@ as a phone, so that their words stay legible there. Labels are never read as mar
 
 import io
 import re
+import string
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from mint_lib.records import Estimate, Metric
+from mint_lib.records import Estimate, Metric, Perturbation
 from mint_lib.reporting.exhibits import Confusion, Curve
 from mint_lib.statistics import ReliabilityBin
 
@@ -30,9 +31,11 @@ _COLOURS = {
     "#080808": "var(--panel)",
 }
 INK, MUTED, RULE, MAIN, SECOND, THIRD, FOURTH, PANEL = _COLOURS
-_LETTERS = "ABCDEFGHIJ"
+_LETTERS = string.ascii_uppercase + string.ascii_lowercase
 _WIDTH = 3.7
 _HEIGHT = 2.5
+_LARGE = 9
+"""Labels from which a confusion needs more than a phone's width."""
 
 
 def draw_intervals(metric: Metric, rows: Sequence[tuple[str, str, Estimate]]) -> str:
@@ -125,10 +128,35 @@ def draw_reliability(bins_of: Mapping[str, Sequence[ReliabilityBin]], *, main: s
         return _to_svg(figure, "reliability")
 
 
+def draw_perturbation(item: Perturbation, names: Sequence[str], *, chance: float) -> str:
+    """Top-1 with intervals as images get worse; `names` say the levels. The dashed line is chance."""
+    points = [item.top_1, *(level.top_1 for level in item.levels)]
+    with _figure(_WIDTH, _HEIGHT) as (figure, axes):
+        places = list(range(len(points)))
+        lows = [100 * (value.low if value.low is not None else value.value or 0.0) for value in points]
+        highs = [100 * (value.high if value.high is not None else value.value or 0.0) for value in points]
+        axes.fill_between(places, lows, highs, color=MAIN, alpha=0.15, linewidth=0)
+        axes.plot(places, [100 * (value.value or 0.0) for value in points], "o-", color=MAIN, linewidth=1.8)
+        axes.axhline(100 * chance, color=MUTED, linewidth=0.8, linestyle=(0, (3, 3)))
+        axes.annotate("chance", (0.0, 100 * chance), (0, 3), textcoords="offset points", color=MUTED, fontsize=8.5)
+        axes.set_xticks(places, ["as it is", *names])
+        axes.set_ylim(0, _upper_limit(highs, 100))
+        axes.set_ylabel("Top-1 (%)")
+        axes.grid(axis="y", color=RULE, linewidth=0.6)
+        return _to_svg(figure, f"perturbation-{item.kind}")
+
+
+def is_large(confusion: Confusion) -> bool:
+    """Whether a confusion's picture is wider than a phone."""
+    return len(confusion.names) >= _LARGE
+
+
 def draw_confusion(confusion: Confusion) -> str:
-    """Rows are diagnoses, columns what is ranked first; the share within a row shades its field."""
+    """Rows are labels, columns what is ranked first; the share within a row shades its field."""
     size = len(confusion.names)
-    with _figure(_WIDTH, 0.7 + 0.34 * size) as (figure, axes):
+    width = 1.9 + 0.34 * size if is_large(confusion) else _WIDTH
+    has_others = any(len(counts) > size for counts in confusion.counts)
+    with _figure(width, 0.7 + 0.34 * size) as (figure, axes):
         for row, counts in enumerate(confusion.counts):
             total = sum(counts) or 1.0
             for column, count in enumerate(counts):
@@ -140,9 +168,9 @@ def draw_confusion(confusion: Confusion) -> str:
                     axes.text(column, row, f"{count:g}", ha="center", va="center", fontsize=9, color=text_colour)
                 else:
                     axes.text(column, row, "·", ha="center", va="center", color=RULE)
-        axes.set_xlim(-0.5, size + 0.5)
+        axes.set_xlim(-0.5, size - 0.5 + has_others)
         axes.set_ylim(size - 0.5, -0.5)
-        axes.set_xticks(range(size + 1), [*_LETTERS[:size], "other"])
+        axes.set_xticks(range(size + has_others), [*_LETTERS[:size], *(["other"] if has_others else [])])
         names = [f"{_shorten(name)}   {letter}" for name, letter in zip(confusion.names, _LETTERS, strict=False)]
         axes.set_yticks(range(size), names)
         axes.xaxis.tick_top()

@@ -16,12 +16,11 @@ from mint_lib.statistics import (
     Measurement,
     measure_calibration_error,
     measure_harmonic,
+    measure_macro_f1,
     measure_macro_mean,
     measure_mean,
     measure_ratio,
 )
-
-_TOPS = (1, 3, 10)
 
 
 class TeacherSides(NamedTuple):
@@ -31,20 +30,22 @@ class TeacherSides(NamedTuple):
     rejected: frozenset[str]
 
 
-def measure_ranking(predictions: Sequence[Prediction]) -> dict[str, Measurement]:
-    """Top-k for k below the number of labels, MRR, macro top-1 and calibration of the first answer.
+def measure_ranking(predictions: Sequence[Prediction], *, tops: Sequence[int]) -> dict[str, Measurement]:
+    """Top-k for each k of `tops` below the number of labels, MRR, macro top-1 and F1, calibration of the first answer.
 
-    Labels of equal probability share their ranks, so the order of the label set never decides a hit.
+    Labels of equal probability share their ranks, so the order of the label set never decides a hit. `tops` holds 1.
     """
     better_N, tied_N = np.array([_find_rank(prediction) for prediction in predictions], dtype=np.float64).T
-    hits = {k: np.clip((k - better_N) / tied_N, 0.0, 1.0) for k in _TOPS if k < len(predictions[0].ranked_ids)}
+    hits = {k: np.clip((k - better_N) / tied_N, 0.0, 1.0) for k in tops if k < len(predictions[0].ranked_ids)}
     reciprocal_N = np.array(
         [np.mean(1 / np.arange(better + 1, better + tied + 1)) for better, tied in zip(better_N, tied_N, strict=True)]
     )
     confidences_N = np.array([prediction.probabilities[0] for prediction in predictions])
+    truth = [prediction.label_id for prediction in predictions]
     return {f"top_{k}": measure_mean(values_N) for k, values_N in hits.items()} | {
         "mrr": measure_mean(reciprocal_N),
-        "macro_top_1": measure_macro_mean(hits[1], [prediction.label_id for prediction in predictions]),
+        "macro_top_1": measure_macro_mean(hits[1], truth),
+        "macro_f1": measure_macro_f1([_share_first(prediction) for prediction in predictions], truth),
         "ece": measure_calibration_error(confidences_N, hits[1]),
     }
 
@@ -93,6 +94,13 @@ def measure_generation(predictions: Sequence[Prediction], *, top_k: int) -> dict
         "invented": measure_ratio(invented_N, listed_N),
         "outside": measure_ratio(outside_N, listed_N),
     }
+
+
+def _share_first(prediction: Prediction) -> dict[str, float]:
+    """The first answer as shares of one; labels that are exactly as probable as the first share it."""
+    first = prediction.probabilities[0]
+    tied = [key for key, value in zip(prediction.ranked_ids, prediction.probabilities, strict=True) if value == first]
+    return dict.fromkeys(tied, 1 / len(tied))
 
 
 def _find_rank(prediction: Prediction) -> tuple[int, int]:

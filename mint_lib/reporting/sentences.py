@@ -1,14 +1,13 @@
 """Report text: sentences and numbers in words, drawn from the findings alone.
 
-Goes in: an `EvaluationReport`. Comes out: its headline, its sentences, its rules in words, numbers as they are printed,
-and the model card. It decides nothing: a difference is called shown where its interval excludes 0.
+Goes in: an `EvaluationReport`. Comes out: its headline, its sentences, its rules in words, and numbers as they are
+printed. It decides nothing: a difference is called shown where its interval excludes 0.
 """
 
-import json
 import math
 from collections.abc import Sequence
 
-from mint_lib.records import Comparison, Estimate, EvaluationReport, GateOutcome, Metric, ModelCard
+from mint_lib.records import Comparison, Estimate, EvaluationReport, GateOutcome, Grounding, Metric, Wording
 
 _ACRONYMS = {"orpo": "ORPO", "dpo": "DPO", "sft": "SFT"}
 _FEW_PATIENTS = 200
@@ -19,11 +18,12 @@ _MINUS = "\N{MINUS SIGN}"
 
 def describe_headline(report: EvaluationReport) -> str:
     """The main student's lead metric, and whether it beats the base student."""
+    leak = "The test is not fair, for the splits leak: " if report.leaks else ""
     lead = report.lead
     metric, estimate = report.metrics[lead], report.systems[report.main][lead]
     unit = " %" if metric.unit == "percent" else ""
     own = (
-        f"{name_system(report, report.main)} reaches {metric.title} {format_value(estimate.value, metric)}{unit} "
+        f"{leak}{name_system(report, report.main)} reaches {metric.title} {format_value(estimate.value, metric)}{unit} "
         f"on {report.counts['measured_cases']} {_kind_of_cases(report)}cases"
     )
     base = [item for item in report.comparisons if item.metric == lead and report.roles[item.other] == "base"]
@@ -39,14 +39,23 @@ def describe_headline(report: EvaluationReport) -> str:
 def describe_findings(report: EvaluationReport) -> tuple[str, ...]:
     """A sentence on every other system, and on what limits the numbers."""
     main = name_system(report, report.main)
-    sentences = []
+    leaks = [leak.strip().removesuffix(".") for leak in report.leaks]
+    sentences = [f"Leak: {leak}. Nothing here says how patients are answered that were never seen." for leak in leaks]
+    if report.grounding:
+        sentences.append(describe_grounding(report.grounding, main, report.wording))
     for other in report.order:
         found = [item for item in report.comparisons if item.other == other]
         is_expected = report.roles[other] == "reference" and found and judge(found[0].difference) == "above"
         if found and not is_expected:
             sentences.append(_describe_comparison(report, main, found))
-    patients = report.counts["measured_patients"]
-    if patients < _FEW_PATIENTS:
+    sentences += describe_perturbations(report, main)
+    patients, cases = report.counts["measured_patients"], report.counts["measured_cases"]
+    if patients < _FEW_PATIENTS and patients < cases and report.reads == "image":
+        sentences.append(
+            f"Few patients: {cases} images of {patients} patients. Images of one patient resemble one another, so "
+            "intervals resample whole patients, and small differences cannot be seen."
+        )
+    elif patients < _FEW_PATIENTS:
         width = 100 * 1.96 * 0.5 / math.sqrt(max(1, patients))
         sentences.append(
             f"Few cases: with {patients} patients a share near one half is known to about ±{width:.0f} points, so "
@@ -55,7 +64,8 @@ def describe_findings(report: EvaluationReport) -> tuple[str, ...]:
     if report.synthetic != "none":
         which = "All" if report.synthetic == "all" else "Some"
         sentences.append(
-            f"{which} test cases are simulated: these numbers do not say how well real patients are answered."
+            f"{which} test cases are simulated: these numbers do not say how well real "
+            f"{'images' if report.reads == 'image' else 'patients'} are answered."
         )
     runs = report.runs[report.main]
     if runs > 1:
@@ -83,7 +93,7 @@ def name_system(report: EvaluationReport, name: str) -> str:
     if role == "baseline":
         return f"the {name} baseline"
     if role == "reference":
-        return {"chance": "chance", "majority": "the most frequent diagnosis"}.get(name, name)
+        return {"chance": "chance", "majority": f"the most frequent {report.wording.label}"}.get(name, name)
     return "-".join(_ACRONYMS.get(part, part) for part in name.split("-"))
 
 
@@ -125,54 +135,61 @@ def describe_rule(report: EvaluationReport, rule: GateOutcome) -> str:
     return f"{capitalise(subject)}: {bound} at least {shown[0]}; observed {shown[1]}"
 
 
-def render_card(card: ModelCard, report: EvaluationReport) -> str:
-    """The model card as Markdown with the metadata block that model hubs read."""
-    rows = [
-        f"| {report.metrics[key].title}{' (free answers)' if key.startswith('generated_') else ''} "
-        f"| {format_estimate(estimate, report.metrics[key])} | {estimate.n} |"
-        for key, estimate in card.metrics.items()
+def describe_grounding(grounding: Grounding, main: str, wording: Wording) -> str:
+    """Whether the main student looks at the image, in plain sentences."""
+    failed = [name_variant(variant.kind, wording) for variant in grounding.variants if variant.passed is False]
+    opening = (
+        f"{main} looks at the image"
+        if grounding.passed
+        else f"{main} is not shown to look at the image and cannot be registered (failed with {', '.join(failed)})"
+    )
+    own = f"Top-1 is {_percent(grounding.top_1.value)} with the right images"
+    without = [f"{_percent(item.top_1.value)} with {name_variant(item.kind, wording)}" for item in grounding.variants]
+    follows = [
+        f" Shown {name_variant(item.kind, wording)}, it names the {wording.label} of the image shown in "
+        f"{_percent(item.follows.value)} of the cases."
+        for item in grounding.variants
+        if item.kind == "swapped" and item.follows
     ]
-    lines = [
-        "---",
-        f"license: {json.dumps(card.licence)}",
-        f"base_model: {json.dumps(card.base_model)}",
-        "library_name: peft",
-        "---",
-        f"# {card.name}",
-        "",
-        card.headline,
-        "",
-        f"Gate {'passed' if card.gate_passed else 'not passed'}. {describe_origin(card.synthetic)}",
-        "",
-        "## Intended use",
-        card.intended_use,
-        "",
-        "## Limits",
-        *(f"- {limit}" for limit in card.limits),
-        "",
-        f"## Figures ({100 * report.confidence:g} % intervals)",
-        "| Metric | Value | Cases or names |",
-        "|---|---|---|",
-        *rows,
-        "",
-        *(f"- {sentence}" for sentence in report.statements),
-        "",
-        "## Lineage",
-        f"- student: `{card.student}` (method `{card.method}`)",
-        f"- base model: `{card.base_model}`, `{card.base_digest}`",
-        f"- teacher: `{card.teacher_digest}`",
-        *(f"- {name}: `{reference}`" for name, reference in card.inputs.items()),
-    ]
-    return "\n".join(lines) + "\n"
+    ceiling = f"An answer that does not depend on the image can reach {_percent(grounding.ceiling)}"
+    return f"{opening}. {own}, {', '.join(without)}. {ceiling}.{''.join(follows)}"
 
 
-def describe_origin(synthetic: str) -> str:
-    """Whether the test cases were generated, in a sentence."""
+def is_grounded(report: EvaluationReport) -> bool:
+    """Whether the main student was probed and looks at the image."""
+    return report.grounding is not None and report.grounding.passed
+
+
+def name_variant(kind: str, wording: Wording) -> str:
+    """What the grounding probe shows instead of a case's image."""
     return {
-        "all": "All test cases were simulated.",
-        "some": "Some test cases were simulated.",
-        "none": "The test cases are observed patients.",
-    }[synthetic]
+        "blank": "a blank image",
+        "noise": "noise",
+        "permuted": "another case's image",
+        "swapped": f"an image of another {wording.label}",
+        "colour": "the image's mean colour alone",
+    }[kind]
+
+
+def describe_perturbations(report: EvaluationReport, main: str) -> list[str]:
+    """What each perturbation costs at its strongest, in a sentence; none where nothing was perturbed."""
+    costs = []
+    for item in report.perturbations:
+        strongest = item.levels[-1]
+        change = format_estimate(strongest.change, report.metrics["top_1"], signed=True)
+        costs.append(f"{describe_level(item.kind, strongest.level)} {change}")
+    return [f"Worse images change {main}'s top-1 at their strongest: {'; '.join(costs)}."] if costs else []
+
+
+def describe_level(kind: str, level: float, *, short: bool = False) -> str:
+    """One strength of a perturbation in words, or as an axis has it."""
+    if short:
+        return {"stain": f"±{100 * level:g} %", "blur": f"{level:g} px", "compression": f"{level:g}"}[kind]
+    return {
+        "stain": f"stains scaled by {100 * level:g} %",
+        "blur": f"a blur of {level:g} pixel{'' if level == 1 else 's'}",
+        "compression": f"JPEG quality {level:g}",
+    }[kind]
 
 
 def _describe_comparison(report: EvaluationReport, main: str, found: Sequence[Comparison]) -> str:
@@ -208,6 +225,10 @@ def _format_lead(difference: Estimate, metric: Metric) -> str:
 
 def _kind_of_cases(report: EvaluationReport) -> str:
     return {"all": "simulated ", "some": "partly simulated ", "none": ""}[report.synthetic]
+
+
+def _percent(value: float | None) -> str:
+    return "nothing" if value is None else f"{100 * value:.1f} %"
 
 
 def _plain(value: float | None, metric: Metric | None) -> str:

@@ -1,8 +1,8 @@
-"""From a student's name and a text to an answer: leases, tokens, the engine's events, probabilities.
+"""From a student's name and a text or image to an answer: leases, tokens, the engine's events, probabilities.
 
-Goes in: names, texts and sampling settings of an authorised request. Comes out: ranked labels with probabilities, or
-the tokens of an answer as they are made. All routes ask here, so access, deadlines, metrics and cancellation are the
-same for each protocol. It knows no HTTP and no protocol's fields.
+Goes in: names, texts, images and sampling settings of an authorised request. Comes out: ranked labels with
+probabilities, or the tokens of an answer as they are made. All routes ask here, so access, deadlines, metrics and
+cancellation are the same for each protocol. It knows no HTTP and no protocol's fields.
 """
 
 import asyncio
@@ -24,15 +24,15 @@ from mint_lib.engine.requests import (
     Started,
     TokenMade,
 )
-from mint_lib.errors import ComputationFailed, DeadlineExceeded, InvalidInput
+from mint_lib.errors import ComputationFailed, DeadlineExceeded, InvalidInput, Overloaded
 from mint_lib.records import Turn
 from mint_lib.server.calls import Call, current_call
 from mint_lib.server.http_errors import Refusal
-from mint_lib.server.images import decode_image
+from mint_lib.server.images import check_image
 from mint_lib.server.lifecycle import Readiness
 from mint_lib.server.limits import RequestLimits
 from mint_lib.server.metrics import ServingMetrics
-from mint_lib.server.students import Lineup, ServedStudent
+from mint_lib.server.students import EncodedPrompt, Lineup, ServedStudent
 
 if TYPE_CHECKING:
     from mint_lib.engine.scheduler import Engine
@@ -45,7 +45,7 @@ _TOKENISER_THREADS = 2  # a text of the largest size takes a second to tokenise:
 class Case:
     """What one instance of a request asks about."""
 
-    text: str
+    text: str | None = None
     image: bytes | None = None
     """Encoded, as it was sent."""
 
@@ -84,6 +84,7 @@ class Answerer:
         self.limits = limits
         self._metrics = metrics
         self._readiness = readiness
+        self._num_image_bytes = 0
         self._pool = ThreadPoolExecutor(_TOKENISER_THREADS, thread_name_prefix="tokenise")
 
     def names(self) -> list[str]:
@@ -119,37 +120,66 @@ class Answerer:
         """`function()`, which tokenises or decodes, on a thread beside the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, function)
 
-    async def encode_case(self, student: ServedStudent, case: Case) -> tuple[int, ...]:
-        """The prompt's tokens for one case.
+    async def encode_case(self, student: ServedStudent, case: Case) -> EncodedPrompt:
+        """The prompt for one case.
 
         Raises:
-            InvalidInput: an image for a student that reads text, none for one that reads images, a broken image, an
-                empty text or a control token in it, or a prompt beyond the window.
+            InvalidInput: an image for a student that reads text, none for one that reads images or a text beside it, a
+                broken image, an empty text or a control token in it, or a prompt beyond the window.
+            Overloaded: too many images are in the server.
         """
 
-        def encode() -> tuple[int, ...]:
+        def encode() -> EncodedPrompt:
             check_modality(student, has_image=case.image is not None)
-            if case.image is not None:
-                decode_image(case.image, self.limits)
-                raise InvalidInput(f"{student.name} reads images, and this server's engine computes text only.")
-            check_text(student, case.text)
-            return student.encode_case(case.text)
+            if case.image is None:
+                check_text(student, case.text or "")
+                return student.encode_case(case.text or "")
+            if case.text:
+                raise InvalidInput(
+                    f"{student.name} is asked about an image alone, in words of its own. Leave the text out."
+                )
+            return self._see_image(case.image, lambda image: student.encode_case(image))
 
-        return await self.encode(encode)
+        return self._hold(await self.encode(encode))
 
-    async def encode_turns(self, student: ServedStudent, turns: Sequence[Turn]) -> tuple[int, ...]:
-        """A conversation's tokens, ending where the answer begins."""
+    async def encode_turns(
+        self, student: ServedStudent, turns: Sequence[Turn], image: bytes | None = None
+    ) -> EncodedPrompt:
+        """A conversation's tokens, ending where the answer begins; `image` belongs to the first user turn."""
 
-        def encode() -> tuple[int, ...]:
+        def encode() -> EncodedPrompt:
+            check_modality(student, has_image=image is not None)
             for turn in turns:
                 check_text(student, turn.content)
-            return student.encode_turns(turns)
+            if image is None:
+                return student.encode_turns(turns)
+            return self._see_image(image, lambda image: student.encode_turns(turns, (image,)))
 
-        return await self.encode(encode)
+        return self._hold(await self.encode(encode))
 
-    async def rank(self, student: ServedStudent, prompts: Sequence[tuple[int, ...]], *, top_k: int) -> list[Ranking]:
+    def _see_image(self, data: bytes, encode: Callable[[bytes], EncodedPrompt]) -> EncodedPrompt:
+        """What `encode` makes of an image that was found in order."""
+        started = time.monotonic()
+        prompt = encode(check_image(data, self.limits))
+        self._metrics.see_image(num_bytes=len(data), seconds=time.monotonic() - started)
+        return prompt
+
+    def _hold(self, prompt: EncodedPrompt) -> EncodedPrompt:
+        """`prompt`, its images counted until the current call ends. Runs on the event loop."""
+        num_bytes = prompt.images.num_bytes if prompt.images is not None else 0
+        if num_bytes:
+            if self._num_image_bytes + num_bytes > self.limits.max_prepared_image_bytes:
+                raise Overloaded("The server is busy with other images. Try again in 1 s.", 1.0)
+            self._num_image_bytes += num_bytes
+            current_call().resources.callback(self._let_go, num_bytes)
+        return prompt
+
+    def _let_go(self, num_bytes: int) -> None:
+        self._num_image_bytes -= num_bytes
+
+    async def rank(self, student: ServedStudent, prompts: Sequence[EncodedPrompt], *, top_k: int) -> list[Ranking]:
         """Rankings of the label set for prompts of `encode_case`; all of them, or the first error."""
-        tasks = [asyncio.create_task(self._rank_one(student, prompt_ids, top_k)) for prompt_ids in prompts]
+        tasks = [asyncio.create_task(self._rank_one(student, prompt, top_k)) for prompt in prompts]
         try:
             return list(await asyncio.gather(*tasks))
         finally:
@@ -157,13 +187,14 @@ class Answerer:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _rank_one(self, student: ServedStudent, prompt_ids: tuple[int, ...], top_k: int) -> Ranking:
+    async def _rank_one(self, student: ServedStudent, prompt: EncodedPrompt, top_k: int) -> Ranking:
         call = current_call()
         request = RankRequest(
             request_id=call.request_id,
             tenant=call.tenant,
             adapter=student.adapter,
-            prompt_ids=prompt_ids,
+            prompt_ids=prompt.ids,
+            images=prompt.images,
             deadline=call.deadline,
             trie=student.trie,
             num_proven=min(top_k, len(student.labels)),

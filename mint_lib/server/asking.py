@@ -1,8 +1,9 @@
 """Asking a student outside any client's request: to warm it, and to compare two loadings of one student.
 
-Goes in: a served student and a case's text. Comes out: its ranking, once the numbers were found to be possible.
+Goes in: a served student and a case's text or image. Comes out: its ranking, once its numbers were found possible.
 """
 
+import io
 import math
 import queue
 import time
@@ -15,24 +16,27 @@ from mint_lib.server.students import ServedStudent
 TENANT = "\0server"
 """Shares no prefix with a client: names of tenants hold no NUL."""
 _SYNTHETIC_CASE = "A girl of 7 years with short stature and seizures."
+_PICTURE_PIXELS = 64
 _TOLERANCE = 1e-3
 """On sums of probabilities: float32 log-probabilities of thousands of labels add up to 1 within a few 1e-5."""
 
 
-def rank_case(student: ServedStudent, text: str, *, timeout_seconds: float) -> Ranked:
-    """The student's scores for the case `text`.
+def rank_case(student: ServedStudent, case: str | bytes, *, timeout_seconds: float) -> Ranked:
+    """The student's scores for a case's text, or its encoded image.
 
     Raises:
-        PromptTooLong: the text does not fit the student's window.
+        PromptTooLong: the case does not fit the student's window.
         DeadlineExceeded: no answer came in time.
         ComputationFailed: the model failed, or its numbers are no probabilities.
     """
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    prompt = student.encode_case(case)
     request = RankRequest(
         request_id=uuid.uuid4().hex,
         tenant=TENANT,
         adapter=student.adapter,
-        prompt_ids=student.encode_case(text),
+        prompt_ids=prompt.ids,
+        images=prompt.images,
         deadline=time.monotonic() + timeout_seconds,
         trie=student.trie,
     )
@@ -53,7 +57,19 @@ def rank_case(student: ServedStudent, text: str, *, timeout_seconds: float) -> R
 
 def warm_up(student: ServedStudent, *, timeout_seconds: float) -> Ranked:
     """The student's first answer, to a made-up case; a student that cannot give it must not be served."""
-    return rank_case(student, _SYNTHETIC_CASE, timeout_seconds=timeout_seconds)
+    case = _SYNTHETIC_CASE if student.modality == "text" else _draw_picture()
+    return rank_case(student, case, timeout_seconds=timeout_seconds)
+
+
+def _draw_picture() -> bytes:
+    """A made-up picture, of two colours."""
+    from PIL import Image
+
+    image = Image.new("RGB", (_PICTURE_PIXELS, _PICTURE_PIXELS), (228, 190, 214))
+    image.paste((94, 58, 135), (0, 0, _PICTURE_PIXELS // 2, _PICTURE_PIXELS // 2))
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
 
 
 def check_ranking(ranked: Ranked, student: ServedStudent) -> Ranked:

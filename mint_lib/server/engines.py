@@ -16,9 +16,10 @@ from mint_lib.errors import Draining
 from mint_lib.server.students import Precision, ServedStudent
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
     from mint_lib.engine.scheduler import Engine
+    from mint_lib.reading import Reader
     from mint_lib.server.safe_base import BaseFacts
 
 logger = logging.getLogger(__name__)
@@ -28,15 +29,15 @@ class BaseKey(NamedTuple):
     """What an engine is shared by."""
 
     digest: str
-    """Of the base, as students name it; whoever loads it proves it."""
+    """Of the base, as students name it, or of an image student's version; whoever loads it proves it."""
     precision: Precision
 
 
 class LoadedModel(NamedTuple):
-    """A base before it has an engine."""
+    """A base, or a whole student, before it has an engine."""
 
     model: "PreTrainedModel"
-    tokenizer: "PreTrainedTokenizerBase"
+    reader: "Reader"
     facts: "BaseFacts"
 
 
@@ -45,7 +46,7 @@ class RunningBase(NamedTuple):
 
     key: BaseKey
     engine: "Engine"
-    tokenizer: "PreTrainedTokenizerBase"
+    reader: "Reader"
     facts: "BaseFacts"
 
 
@@ -86,8 +87,9 @@ class Engines:
     def _start(self, key: BaseKey, loaded: LoadedModel) -> RunningBase:
         from mint_lib.engine.scheduler import Engine
 
-        engine = Engine(loaded.model, limits=self._limits, observer=self._observer)
-        base = RunningBase(key, engine, loaded.tokenizer, loaded.facts)
+        collate_images = loaded.reader.collate_images
+        engine = Engine(loaded.model, limits=self._limits, observer=self._observer, collate_images=collate_images)
+        base = RunningBase(key, engine, loaded.reader, loaded.facts)
         with self._lock:
             self._check_running()
             engine.start()

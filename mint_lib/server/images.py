@@ -1,13 +1,15 @@
 """Images of requests: decoded only after everything that their header tells was found in order.
 
-Goes in: base64, a data URL or bytes. Comes out: an RGB image, or `InvalidInput` in words. Nothing is ever fetched. It
-knows no model.
+Goes in: base64, a data URL or bytes. Comes out: an RGB image, or its bytes in a format that students read, or
+`InvalidInput` in words. Nothing is ever fetched. It knows no model.
 """
 
 import base64
 import binascii
+import contextlib
 import io
 import warnings
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from mint_lib.errors import InvalidInput
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 _FORMATS = ("PNG", "JPEG", "WEBP")
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")  # eight bits a channel, without print colours
 _MIN_SIDE_PIXELS = 8
+_PNG_START = b"\x89PNG\r\n\x1a\n"
 
 
 def read_base64(text: str, limits: RequestLimits) -> bytes:
@@ -55,6 +58,20 @@ def read_data_url(url: str, limits: RequestLimits) -> bytes:
     return read_base64(payload, limits)
 
 
+def check_image(data: bytes, limits: RequestLimits) -> bytes:
+    """`data` as a student's reader takes it: PNG and JPEG as they are, found in order but not decoded; WebP as PNG.
+
+    Raises:
+        InvalidInput: as `decode_image`, but for what only decoding shows.
+    """
+    with _open(data, limits) as image:
+        if image.format != "WEBP":
+            return data
+        file = io.BytesIO()
+        _flatten(image).save(file, "PNG", compress_level=1)
+        return file.getvalue()
+
+
 def decode_image(data: bytes, limits: RequestLimits) -> "Image":
     """The one picture that `data` holds, in RGB, transparent places on white.
 
@@ -62,6 +79,14 @@ def decode_image(data: bytes, limits: RequestLimits) -> "Image":
         InvalidInput: not PNG, JPEG or WebP by its content; animated, cut off or corrupt; more than eight bits a channel
             or CMYK; smaller than 8 pixels or larger than the limits. Size is checked before anything is decoded.
     """
+    with _open(data, limits) as image:
+        image.load()
+        return _flatten(image)
+
+
+@contextlib.contextmanager
+def _open(data: bytes, limits: RequestLimits) -> "Iterator[Image]":
+    """The image in `data`, not decoded yet, and whatever Pillow raises about it in words."""
     from PIL import Image, UnidentifiedImageError
 
     if len(data) > limits.max_image_bytes:
@@ -71,8 +96,7 @@ def decode_image(data: bytes, limits: RequestLimits) -> "Image":
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
                 _check_header(image, data, limits)
-                image.load()
-                return _flatten(image)
+                yield image
     except InvalidInput:
         raise
     except UnidentifiedImageError:
@@ -98,6 +122,22 @@ def _check_header(image: "Image", data: bytes, limits: RequestLimits) -> None:
     is_deep_png = image.format == "PNG" and data[24:25] == b"\x10"
     if image.mode not in _MODES or is_deep_png:
         raise InvalidInput("The image must have 8 bits a channel in grey or RGB (not CMYK, not 16 bits). Convert it.")
+    if not _ends_with_its_picture(image.format, data):
+        raise InvalidInput("The image is corrupt or cut off, or other data stands behind it. Save it again and alone.")
+
+
+def _ends_with_its_picture(kind: str | None, data: bytes) -> bool:
+    """Whether the format's own end is the end of `data`: a file that is something else as well goes on behind it."""
+    if kind == "PNG":
+        place = len(_PNG_START)
+        while place + 12 <= len(data):
+            place, chunk = place + 12 + int.from_bytes(data[place : place + 4], "big"), data[place + 4 : place + 8]
+            if chunk == b"IEND":
+                break
+        return place == len(data)
+    if kind == "WEBP":
+        return int.from_bytes(data[4:8], "little") + 8 == len(data)
+    return data.rstrip(b"\0").endswith(b"\xff\xd9")
 
 
 def _flatten(image: "Image") -> "Image":

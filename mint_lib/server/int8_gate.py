@@ -49,18 +49,18 @@ def check_int8(store: "Store", exact: ServedStudent, quantised: ServedStudent) -
         GateFailed: they agree on less than 99.5 % of the cases, or there are fewer than 20.
     """
     reference = find_cases(store, exact.reference)
-    texts = [
-        case.text
+    shown = [
+        content
         for split in ("validation", "test")
         for case in store.read_rows(reference, f"{split}.parquet", Case)
-        if case.text and case.text.strip()
+        if (content := _show(case, exact))
     ]
     num_agreeing = num_cases = 0
-    for place in numpy.random.default_rng(_SEED).permutation(len(texts)):
+    for place in numpy.random.default_rng(_SEED).permutation(len(shown)):
         if num_cases == NUM_CASES:
             break
         try:
-            firsts = [_first_label(student, texts[place]) for student in (exact, quantised)]
+            firsts = [_first_label(student, shown[place]) for student in (exact, quantised)]
         except PromptTooLong:
             continue
         num_cases += 1
@@ -98,7 +98,14 @@ def wilson_interval(num_hits: int, num_cases: int) -> tuple[float, float]:
     return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
 
 
-def _first_label(student: ServedStudent, text: str) -> int:
+def _show(case: Case, student: ServedStudent) -> str | bytes:
+    """What of `case` the student reads; empty if the case has nothing of the kind."""
+    if student.modality == "image":
+        return case.image or b""
+    return case.text if case.text and case.text.strip() else ""
+
+
+def _first_label(student: ServedStudent, case: str | bytes) -> int:
     """Index of the label that the student puts first."""
-    values = rank_case(student, text, timeout_seconds=_RANK_SECONDS).log_probabilities
+    values = rank_case(student, case, timeout_seconds=_RANK_SECONDS).log_probabilities
     return max(range(len(values)), key=values.__getitem__)

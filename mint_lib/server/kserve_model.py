@@ -4,11 +4,11 @@ Goes in: V1 bodies and V2 tensors. Comes out: ranked labels in the same two prot
 KServe, which reads the process's arguments: `app.import_kserve` must have run before.
 """
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from kserve import InferOutput, InferRequest, InferResponse, Model
 from kserve.protocol.infer_type import InferInput
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mint_lib.errors import InvalidInput
 from mint_lib.server.answers import Answerer, Case, Ranking
@@ -33,14 +33,20 @@ class EncodedImage(BaseModel):
 
 
 class Instance(BaseModel):
-    """One case."""
+    """One case: a text for a student that reads text, an image for one that reads images."""
 
-    model_config = _STRICT
+    model_config = ConfigDict(**_STRICT, json_schema_extra={"anyOf": [{"required": ["text"]}, {"required": ["image"]}]})
 
-    text: str
+    text: str = ""
     """The case's text, as it stands in a note."""
     image: EncodedImage | None = None
-    """For a student that reads images."""
+    """The case's image. The student asks about it in words of its own, so that no text may stand beside it."""
+
+    @model_validator(mode="after")
+    def _has_content(self) -> Self:
+        if not self.model_fields_set & {"text", "image"}:
+            raise ValueError("a case needs a text or an image")
+        return self
 
 
 class PredictParameters(BaseModel):
@@ -103,14 +109,14 @@ class StudentModel(Model):
                 raise _at(index, error) from None
         return await self._answerer.rank(student, prompts, top_k=top_k)
 
-    def _read_case(self, index: int, text: str, image: str | None) -> Case:
+    def _read_case(self, index: int, text: str | None, image: str | None) -> Case:
         try:
             return Case(text, read_base64(image, self._answerer.limits) if image is not None else None)
         except InvalidInput as error:
             raise _at(index, error) from None
 
     def _read_tensors(self, request: InferRequest) -> tuple[list[Case], int]:
-        """Cases and top_k of a V2 request: BYTES tensors `text` [n] and, where there are images, `image` [n]."""
+        """Cases and top_k of a V2 request: a BYTES tensor `text` [n], or `image` [n] in base64."""
         try:
             parameters = PredictParameters.model_validate(request.parameters or {})
         except ValidationError as error:
@@ -119,19 +125,20 @@ class StudentModel(Model):
         tensors: dict[str, list[str]] = {}
         for tensor in request.inputs:
             if tensor.name not in ("text", "image") or tensor.name in tensors:
-                raise BadField("The inputs are one tensor `text` and at most one tensor `image`.", "inputs")
+                raise BadField("The inputs are a tensor `text` or a tensor `image`, each at most once.", "inputs")
             tensors[tensor.name] = self._check_count(_read_strings(tensor))
-        if "text" not in tensors:
-            raise BadField("The tensor `text` is missing. Send it as BYTES with shape [n].", "inputs")
-        images: list[str] | list[None] = tensors.get("image") or [None] * len(tensors["text"])
-        if len(images) != len(tensors["text"]):
-            raise BadField("The tensors `text` and `image` differ in length. Send one image for each text.", "inputs")
+        if not tensors:
+            raise BadField("There is no tensor. Send `text` or `image` as BYTES with shape [n].", "inputs")
+        if len({len(data) for data in tensors.values()}) > 1:
+            raise BadField("The tensors `text` and `image` differ in length. Send one of each for each case.", "inputs")
         names = {output.name for output in request.request_outputs or ()}
         if not names <= set(_OUTPUTS):
             raise BadField(f"The outputs are {', '.join(_OUTPUTS)}. Leave `outputs` out for all of them.", "outputs")
+        num_cases = len(next(iter(tensors.values())))
+        texts: list[str] | list[None] = tensors.get("text") or [None] * num_cases
+        images: list[str] | list[None] = tensors.get("image") or [None] * num_cases
         cases = [
-            self._read_case(index, text, image)
-            for index, (text, image) in enumerate(zip(tensors["text"], images, strict=True))
+            self._read_case(index, text, image) for index, (text, image) in enumerate(zip(texts, images, strict=True))
         ]
         return cases, parameters.top_k
 
@@ -143,11 +150,8 @@ class StudentModel(Model):
 
     def get_input_types(self) -> list[dict[str, Any]]:
         """Metadata of the V2 inputs."""
-        inputs = [{"name": "text", "datatype": "BYTES", "shape": [-1]}]
         with self._answerer.lineup.lease(self.name) as student:
-            if student.modality == "image":
-                inputs.append({"name": "image", "datatype": "BYTES", "shape": [-1]})
-        return inputs
+            return [{"name": student.modality, "datatype": "BYTES", "shape": [-1]}]
 
     def get_output_types(self) -> list[dict[str, Any]]:
         """Metadata of the V2 outputs."""

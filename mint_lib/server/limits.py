@@ -39,6 +39,8 @@ class RequestLimits(BaseModel):
     """Largest encoded image."""
     max_image_pixels: int = Field(default=16_000_000, ge=64)
     """Width times height; decoding takes three bytes for each."""
+    max_prepared_image_bytes: int = Field(default=512 * 1024**2, ge=1024**2)
+    """Memory of the images of all requests in the server at once, as students read them; one more is refused."""
     max_instances: int = Field(default=16, ge=1, le=256)
     """Cases of one V1 or V2 request."""
     max_json_depth: int = Field(default=32, ge=4, le=200)

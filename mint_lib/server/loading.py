@@ -25,10 +25,11 @@ from mint_lib.server.engines import BaseKey, Engines, LoadedModel, RunningBase
 from mint_lib.server.safe_adapter import check_adapter
 from mint_lib.server.stored_student import StoredStudent, read_student
 from mint_lib.server.students import Precision, ServedStudent
+from mint_lib.student import load_reader
 from mint_lib.student import load_student as load_model
-from mint_lib.student import load_tokenizer
 
 if TYPE_CHECKING:
+    from mint_lib.server.safe_base import BaseFacts
     from mint_lib.store import Store
 
 logger = logging.getLogger(__name__)
@@ -55,8 +56,8 @@ def load_student(store: "Store", text: str, *, name: str, engines: Engines, opti
     """The student that `text` (a reference, `model/name@alias` and the like) means, answering to `name`.
 
     Raises:
-        InvalidInput: the version is no model or student, the student reads images, a file of it or of its base is
-            refused, or the adapter belongs to another base.
+        InvalidInput: the version is no model or student, a file of it or of its base is refused, or the adapter belongs
+            to another base.
         StoreError: the store cannot be read, or a file is not what was committed.
         GateFailed: int8 was asked for and changes the answers.
         ComputationFailed: the student's first answer is no answer.
@@ -64,6 +65,11 @@ def load_student(store: "Store", text: str, *, name: str, engines: Engines, opti
     started = time.monotonic()
     stored = read_student(store, store.resolve(text))
     facts = stored.facts
+    if stored.template.reads != facts.student.reads:
+        raise InvalidInput(
+            f"{stored.reference} is a student that reads {facts.student.reads}, and its template asks about "
+            f"{stored.template.reads}s. Align it with a template that reads what it does."
+        )
     if facts.tuning == "full":
         holder: Reference | None = stored.reference
         digest = digest_weights(store, stored.reference, facts.student)
@@ -99,7 +105,7 @@ class _Load:
     store: "Store"
     stored: StoredStudent
     digest: str
-    """Of the weights that the engine is to hold: the base's, or the student's own."""
+    """Of the files that are loaded first: the base's, or the student's own."""
     name: str
     engines: Engines
     options: LoadConfig
@@ -128,22 +134,19 @@ class _Load:
 
     def in_precision(self, precision: Precision) -> ServedStudent:
         """The student, loaded and warm."""
-        key = BaseKey(self.digest, precision)
         adapter = f"{self.name}@{self.stored.reference.version}.{next(_numbers)}"
+        facts, reference = self.stored.facts, self.stored.reference
+        is_merged = facts.tuning == "adapter" and facts.student.reads == "image"
+        key = BaseKey(str(reference.digest) if is_merged else self.digest, precision)
         with tempfile.TemporaryDirectory(prefix="mint-adapter-") as scratch:
             folder = None
-            if self.stored.facts.tuning == "adapter":
-                folder = self.store.download(self.stored.reference, pathlib.Path(scratch), prefix="adapter")
-            base = self.engines.hold(key, lambda: self._load_base(precision))
+            if facts.tuning == "adapter":
+                folder = self.store.download(reference, pathlib.Path(scratch), prefix="adapter")
+            base = self.engines.hold(key, lambda: self._load_base(precision, folder if is_merged else None))
             try:
-                if folder is not None:
-                    check_adapter(
-                        folder,
-                        base_model=self.stored.facts.student.model,
-                        num_layers=self.stored.facts.student.num_layers or base.facts.num_layers,
-                        base_tensors=base.facts.tensors,
-                    )
-                base.engine.add_adapter(adapter, folder)
+                if folder is not None and not is_merged:
+                    self._check_adapter(folder, base.facts)
+                base.engine.add_adapter(adapter, None if is_merged else folder)
             except BaseException:
                 self.engines.let_go(key)
                 raise
@@ -157,35 +160,60 @@ class _Load:
         logger.info("%s answers as %s in %s after %.1f s", self.stored.reference, self.name, precision, seconds)
         return dataclasses.replace(student, load_seconds=seconds)
 
-    def _load_base(self, precision: Precision) -> LoadedModel:
-        """The base without adapter, or the whole student, from files that were checked."""
+    def _check_adapter(self, folder: pathlib.Path, base: "BaseFacts") -> None:
+        """Refuse an adapter that does not fit its base."""
+        student = self.stored.facts.student
+        check_adapter(
+            folder,
+            base_model=student.model,
+            num_layers=student.num_layers or base.num_layers,
+            base_tensors=base.tensors,
+            image_parts=base.image_parts,
+        )
+
+    def _load_base(self, precision: Precision, adapter: pathlib.Path | None) -> LoadedModel:
+        """The base without adapter, the base with the image student's `adapter` in it, or the whole student.
+
+        All files were checked before anything is made of them.
+        """
         import jinja2
 
+        from mint_lib.server.merging import merge_adapter
         from mint_lib.server.safe_base import check_base
 
         self.imports.result()
         folder = self.files.wait()
-        facts = check_base(folder)
-        config = self.stored.facts.student.model_copy(update={"model": f"folder:{folder}", "revision": None})
-        tokenizer = load_tokenizer(config)
+        facts, student = check_base(folder), self.stored.facts.student
+        if (facts.image_parts is not None) != (student.reads == "image"):
+            raise InvalidInput(
+                f"{self.stored.reference} is a student that reads {student.reads}, and {student.model} is no model of "
+                "that kind. Align it again with a base that is."
+            )
+        if adapter is not None:
+            self._check_adapter(adapter, facts)
+        config = student.model_copy(update={"model": f"folder:{folder}", "revision": None})
+        reader = load_reader(config)
         try:
-            end_of_turn_id(tokenizer)
+            end_of_turn_id(reader.tokenizer)
         except jinja2.TemplateError as error:
             raise InvalidInput(
-                f"The chat template of {self.stored.facts.student.model} cannot be rendered ({type(error).__name__}). "
+                f"The chat template of {student.model} cannot be rendered ({type(error).__name__}). "
                 "It was refused in the sandbox; choose a base with a plain chat template."
             ) from None
-        model = load_model(config)
+        model = load_model(config, adapter)
+        if adapter is not None:
+            model = merge_adapter(model, adapter)
         if precision == "int8":
             from mint_lib.engine.quantised import quantise_linears
 
             quantise_linears(model)
-        return LoadedModel(model, tokenizer, facts)
+        return LoadedModel(model, reader, facts)
 
     def _assemble(self, base: RunningBase, adapter: str) -> ServedStudent:
         """The record that requests work with."""
         from mint_lib.engine.answer_format import AnswerFormat
         from mint_lib.engine.label_trie import LabelTrie
+        from mint_lib.image_inputs.reader import ImageReader
 
         stored, facts = self.stored, self.stored.facts
         if facts.student.window_tokens > base.facts.max_window_tokens:
@@ -194,17 +222,19 @@ class _Load:
                 f"{base.facts.max_window_tokens}. Align it with a smaller student.window_tokens."
             )
         calibration = stored.calibration
+        tokenizer = base.reader.tokenizer
         return ServedStudent(
             name=self.name,
             reference=stored.reference,
             engine=base.engine,
             adapter=adapter,
-            tokenizer=base.tokenizer,
+            tokenizer=tokenizer,
+            image_reader=base.reader if isinstance(base.reader, ImageReader) else None,
             template=stored.template,
             labels=stored.labels,
-            trie=LabelTrie.build(base.tokenizer, stored.template, stored.labels),
-            answer_format=AnswerFormat.build(base.tokenizer, stored.template, stored.labels),
-            stop_ids=frozenset({end_of_turn_id(base.tokenizer), int(base.tokenizer.eos_token_id)}),
+            trie=LabelTrie.build(tokenizer, stored.template, stored.labels),
+            answer_format=AnswerFormat.build(tokenizer, stored.template, stored.labels),
+            stop_ids=frozenset({end_of_turn_id(tokenizer), int(tokenizer.eos_token_id)}),
             window_tokens=facts.student.window_tokens,
             temperature=calibration.temperature if calibration is not None else 1.0,
             num_calibration_cases=calibration.num_cases if calibration is not None else 0,

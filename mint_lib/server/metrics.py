@@ -68,6 +68,9 @@ class ServingMetrics:
             "time_to_first_token_seconds", "From asking the engine to the first token.", _SECONDS
         )
         self.inter_token_seconds = histogram("inter_token_seconds", "From token to token.", _TOKEN_SECONDS)
+        self.images = counter("images_total", "Images that were read for a student.")
+        self.image_bytes = counter("image_bytes_total", "Their encoded size.")
+        self.image_seconds = histogram("image_seconds", "Time to check, decode and prepare an image.", _SECONDS)
         self.labels_answered = counter("labels_answered_total", "First labels of rankings.", ("model", "label_id"))
         self.answer_confidence = histogram(
             "answer_confidence", "Probability of the first label of a ranking.", _SHARES, ("model",)
@@ -125,6 +128,12 @@ class ServingMetrics:
         self.queue_wait_seconds.observe(queue_seconds)
         self.prompt_tokens.labels(self._known(model)).inc(num_prompt_tokens)
         self.cached_prompt_tokens.labels(self._known(model)).inc(num_cached_tokens)
+
+    def see_image(self, *, num_bytes: int, seconds: float) -> None:
+        """An image was decoded and prepared. May be called from any thread."""
+        self.images.inc()
+        self.image_bytes.inc(num_bytes)
+        self.image_seconds.observe(seconds)
 
     def see_token(self, *, model: str, seconds: float, is_first: bool) -> None:
         """A token was made, `seconds` after the one before it or after asking."""

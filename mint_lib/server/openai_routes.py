@@ -22,7 +22,7 @@ from mint_lib.server.calls import current_call
 from mint_lib.server.http_errors import BadField, describe_error, describe_for_openai
 from mint_lib.server.images import read_data_url
 from mint_lib.server.openai_types import AnswerRequest, ChatRequest, CompletionRequest
-from mint_lib.server.students import ServedStudent
+from mint_lib.server.students import EncodedPrompt, ServedStudent
 
 Kind = Literal["chat.completion", "text_completion"]
 
@@ -88,43 +88,45 @@ def make_openai_router(answerer: Answerer) -> APIRouter:
     async def complete(body: CompletionRequest) -> Response:
         student = await answerer.take(body.model)
         if body.as_case:
-            prompt_ids = await answerer.encode_case(student, Case(body.prompt))
+            prompt = await answerer.encode_case(student, Case(body.prompt))
         else:
             check_modality(student, has_image=False)
             if not body.prompt:
                 raise BadField("The prompt is empty. Send the text to continue.", "prompt")
-            prompt_ids = await answerer.encode(
-                lambda: tuple(student.tokenizer.encode(body.prompt, add_special_tokens=False))
+            prompt = EncodedPrompt(
+                await answerer.encode(lambda: tuple(student.tokenizer.encode(body.prompt, add_special_tokens=False)))
             )
-        return await _respond(answerer, student, body, prompt_ids, "text_completion")
+        return await _respond(answerer, student, body, prompt, "text_completion")
 
     @router.post("/chat/completions", response_model=None)
     async def chat(body: ChatRequest) -> Response:
         student = await answerer.take(body.model)
-        prompt_ids = await _encode_chat(answerer, student, body)
-        return await _respond(answerer, student, body, prompt_ids, "chat.completion")
+        prompt = await _encode_chat(answerer, student, body)
+        return await _respond(answerer, student, body, prompt, "chat.completion")
 
     return router
 
 
-async def _encode_chat(answerer: Answerer, student: ServedStudent, body: ChatRequest) -> tuple[int, ...]:
-    """The prompt's tokens of a conversation, or of the case that its only message is."""
-    images = [read_data_url(url, answerer.limits) for message in body.messages for url in message.image_urls]
-    if len(images) > 1:
+async def _encode_chat(answerer: Answerer, student: ServedStudent, body: ChatRequest) -> EncodedPrompt:
+    """The prompt of a conversation, or of the case that its only message is."""
+    first_user = next(message for message in body.messages if message.role == "user")
+    if any(message.image_urls for message in body.messages if message is not first_user):
+        raise BadField("An image stands in another message than the first user's. Put it there.", "messages")
+    if len(first_user.image_urls) > 1:
         raise BadField("The messages hold several images; one is read.", "messages")
+    images = [read_data_url(url, answerer.limits) for url in first_user.image_urls]
+    image = images[0] if images else None
     if body.as_case:
-        return await answerer.encode_case(student, Case(body.messages[0].text, images[0] if images else None))
-    check_modality(student, has_image=bool(images))
-    return await answerer.encode_turns(
-        student, [Turn(role=message.role, content=message.text) for message in body.messages]
-    )
+        return await answerer.encode_case(student, Case(body.messages[0].text, image))
+    turns = [Turn(role=message.role, content=message.text) for message in body.messages]
+    return await answerer.encode_turns(student, turns, image)
 
 
 async def _respond(
-    answerer: Answerer, student: ServedStudent, body: AnswerRequest, prompt_ids: tuple[int, ...], kind: Kind
+    answerer: Answerer, student: ServedStudent, body: AnswerRequest, prompt: EncodedPrompt, kind: Kind
 ) -> Response:
     """The answer, whole, or as events once the engine has begun with it."""
-    request = _make_request(student, body, prompt_ids)
+    request = _make_request(student, body, prompt)
     events = answerer.generate(request, student)
     current_call().resources.push_async_callback(events.aclose)
     # What can be refused is refused before the answer's head is sent: a full queue, a deadline while waiting.
@@ -145,7 +147,7 @@ async def _respond(
     return JSONResponse(_write_whole(answer, text))
 
 
-def _make_request(student: ServedStudent, body: AnswerRequest, prompt_ids: tuple[int, ...]) -> GenerateRequest:
+def _make_request(student: ServedStudent, body: AnswerRequest, prompt: EncodedPrompt) -> GenerateRequest:
     """What the engine is asked.
 
     Raises:
@@ -166,9 +168,10 @@ def _make_request(student: ServedStudent, body: AnswerRequest, prompt_ids: tuple
         request_id=call.request_id,
         tenant=call.tenant,
         adapter=student.adapter,
-        prompt_ids=prompt_ids,
+        prompt_ids=prompt.ids,
+        images=prompt.images,
         deadline=call.deadline,
-        max_new_tokens=student.room_for(prompt_ids, wanted),
+        max_new_tokens=student.room_for(prompt.ids, wanted),
         stop_ids=student.stop_ids,
         temperature=body.temperature or 0.0,
         top_p=1.0 if body.top_p is None else body.top_p,

@@ -1,38 +1,20 @@
-"""A base model's files, looked at before they are loaded: plain decoders in safetensors, with a plain chat template.
+"""A base model's files, looked at before they are loaded: a known family in safetensors, with a plain chat template.
 
-Goes in: a folder with config, weights and tokenizer. Comes out: what the weight files hold, or the reason for refusing
-them. The config's keys are those of its own class in transformers; the weights have the shapes that the config gives;
-the chat template uses no attribute that leads out of its sandbox. No code of a model repository is ever run.
+Goes in: a folder with config, weights, tokenizer and, for image students, the image processor's config. Comes out: what
+the weight files hold, or the reason for refusing them. The weights have the shapes that the config gives; the chat
+template uses no attribute that leads out of its sandbox. No code of a model repository is ever run.
 """
 
 import dataclasses
 import pathlib
 import re
-from collections.abc import Iterator
 from typing import Any
 
+from mint_lib.server.safe_adapter import ImageParts
+from mint_lib.server.safe_config import IMAGE_FAMILIES, check_config
 from mint_lib.server.safe_files import MAX_JSON_BYTES, TensorFacts, check_safetensors, read_json_object, refuse
+from mint_lib.server.safe_processor import check_processor
 
-FAMILIES = ("llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
-"""Decoders with plain attention that transformers itself implements; the engine serves no others."""
-_CONFIG_KEYS = frozenset(
-    [
-        "model_type",
-        "transformers_version",
-        "architectures",
-        "dtype",
-        "torch_dtype",
-        "_name_or_path",
-        "_model_name_or_path",
-        "unk_token_id",
-        "rope_theta",
-        "rope_scaling",
-        "is_llama_config",
-        "rope_interleaved",
-        "transformers.js_config",
-    ]
-)
-"""Keys beside those of the config class that saved configs carry and that load nothing."""
 _TOKENIZER_KEYS = frozenset(
     [
         "tokenizer_class",
@@ -81,10 +63,6 @@ _TOKENIZER_CLASSES = frozenset(
     ]
 )
 _GENERATION_REFUSED = ("custom_generate", "auto_map", "trust_remote_code", "assistant", "compile_config")
-_DTYPES = ("float32", "float16", "bfloat16")
-_MAX_NUMBER = 2**31
-"""No size of a config is larger; it keeps a lying config from asking for absurd amounts of memory."""
-_MAX_LAYERS = 512
 _MAX_TEMPLATE_BYTES = 65_536
 _GENERATION_TAG = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
 """transformers' own tag, which plain Jinja cannot parse; it only marks a span."""
@@ -95,7 +73,11 @@ class BaseFacts:
     """What the files of a base say, found to be consistent."""
 
     tensors: dict[str, TensorFacts]
+    """By the names that they have in the model."""
+    image_parts: ImageParts | None
+    """Of an image student; None: it reads text only."""
     num_layers: int
+    """Of the decoder."""
     max_window_tokens: int
     """Longest prompt and answer together that its positions reach."""
 
@@ -107,21 +89,27 @@ def check_base(folder: pathlib.Path) -> BaseFacts:
         InvalidInput: the family is not served, a key is unknown or names code, a weight file is damaged or has other
             shapes than the config says, the tokenizer is of an unknown class, or the chat template reaches outside.
     """
-    config = _check_config(folder / "config.json")
+    config = check_config(folder / "config.json")
     if (folder / "generation_config.json").is_file():
         found = read_json_object(folder / "generation_config.json")
         if any(key.startswith(_GENERATION_REFUSED) for key in found):
             refuse(folder / "generation_config.json", "it names code to run in generation")
     _check_tokenizer(folder)
+    if config.model_type in IMAGE_FAMILIES:
+        check_processor(folder)
     tensors: dict[str, TensorFacts] = {}
     for path in sorted(folder.glob("*.safetensors")):
         held = check_safetensors(path)
         if held.keys() & tensors.keys():
             refuse(path, "it holds a tensor that another weight file holds too")
         tensors |= held
-    _check_shapes(config, tensors, folder)
+    model = _build_empty(config, folder)
+    text_config = config.get_text_config()
     return BaseFacts(
-        tensors=tensors, num_layers=config.num_hidden_layers, max_window_tokens=config.max_position_embeddings
+        tensors=_check_shapes(model, tensors, folder),
+        image_parts=_find_parts(model),
+        num_layers=text_config.num_hidden_layers,
+        max_window_tokens=text_config.max_position_embeddings,
     )
 
 
@@ -154,53 +142,6 @@ def check_chat_template(source: str, path: pathlib.Path) -> None:
         refuse(path, "its chat template spells an underscored attribute")
 
 
-def _check_config(path: pathlib.Path) -> Any:
-    """The validated config object."""
-    found = read_json_object(path)
-    family = found.get("model_type")
-    if "vision_config" in found:
-        refuse(path, "its model reads images, and what is served here reads text only")
-    if family not in FAMILIES:
-        refuse(path, f"its model_type is none of {', '.join(FAMILIES)}")
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    config_class = CONFIG_MAPPING[family]
-    known = {field.name for field in dataclasses.fields(config_class)} | _CONFIG_KEYS
-    if not found.keys() <= known:
-        refuse(path, f"it holds keys that {config_class.__name__} does not have, and could name code to run")
-    if found.get("architectures") not in (None, [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]]):
-        refuse(path, f"its architecture is not {MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]}")
-    if any(found.get(key, "float32") not in _DTYPES for key in ("dtype", "torch_dtype")):
-        refuse(path, f"its element type is none of {', '.join(_DTYPES)}")
-    if not all(abs(number) <= _MAX_NUMBER for number in _numbers(found)):
-        refuse(path, "it holds a number beyond all sizes of models")
-    layers = found.get("num_hidden_layers")
-    if layers is not None and not (type(layers) is int and 1 <= layers <= _MAX_LAYERS):
-        refuse(path, f"its number of layers is not 1 to {_MAX_LAYERS}")
-    try:
-        config = config_class.from_dict({key: value for key, value in found.items() if key != "model_type"})
-    except (
-        Exception
-    ) as error:  # transformers raises what it likes about a bad value; the value stays out of the message
-        refuse(path, f"{config_class.__name__} does not accept it ({type(error).__name__})")
-    is_windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    if is_windowed or set(getattr(config, "layer_types", None) or ()) - {"full_attention"}:
-        refuse(path, "it attends within a sliding window, which the engine does not serve")
-    return config
-
-
-def _numbers(value: object) -> Iterator[float]:
-    """All numbers in a JSON value."""
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list):
-        for item in value:
-            yield from _numbers(item)
-    elif isinstance(value, int | float):
-        yield value
-
-
 def _check_tokenizer(folder: pathlib.Path) -> None:
     path = folder / "tokenizer_config.json"
     config = read_json_object(path)
@@ -223,21 +164,43 @@ def _check_tokenizer(folder: pathlib.Path) -> None:
         check_chat_template(jinja.read_bytes().decode(errors="replace"), jinja)
 
 
-def _check_shapes(config: Any, tensors: dict[str, TensorFacts], folder: pathlib.Path) -> None:
-    """Refuse weights that are not those of the model that the config describes. The model is built without memory."""
+def _build_empty(config: Any, folder: pathlib.Path) -> Any:
+    """The model that the config describes, without memory for its weights."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+    family = AutoModelForImageTextToText if config.model_type in IMAGE_FAMILIES else AutoModelForCausalLM
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            return family.from_config(config, trust_remote_code=False)
     except Exception as error:  # a model's code raises what it likes about a bad value
         refuse(folder / "config.json", f"no model can be built from it ({type(error).__name__})")
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _find_parts(model: Any) -> ImageParts | None:
+    """Where the parts of an image student lie."""
+    if model.config.model_type not in IMAGE_FAMILIES:
+        return None
+    decoder = model.get_decoder()
+    place = next(name for name, module in model.named_modules() if module is decoder)
+    return ImageParts(decoder=f"{place}.", projector=IMAGE_FAMILIES[model.config.model_type].projector)
+
+
+def _check_shapes(model: Any, tensors: dict[str, TensorFacts], folder: pathlib.Path) -> dict[str, TensorFacts]:
+    """`tensors` by the model's own names; refuses weights that are not those of the model that the config describes."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    # Families were renamed since files were made.
+    renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
+    own, prefix = model.state_dict(), model.base_model_prefix
+    renamed = {rename_source_key(name, renamings, [], prefix, own)[0]: facts for name, facts in tensors.items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in own.items()}
     # Tied weights are one tensor under two names, and files hold it under one.
     optional = set(model.all_tied_weights_keys)
-    found = {name: facts.shape for name, facts in tensors.items()}
-    if {name for name in expected if name not in optional} - found.keys():
+    if {name for name in expected if name not in optional} - renamed.keys():
         refuse(folder / "config.json", "weight files lack tensors of the model that it describes")
-    if any(expected.get(name) != shape for name, shape in found.items()):
+    is_other = any(expected.get(name) != facts.shape for name, facts in renamed.items())
+    if is_other or len(renamed) != len(tensors):
         refuse(folder / "config.json", "weight files hold tensors or shapes that the model it describes does not have")
+    return renamed

@@ -20,6 +20,8 @@ MAX_RANK = 8
 _LENGTH_BYTES = 8
 _BYTES_OF = {"F32": 4, "F16": 2, "BF16": 2}
 """Allowed element types. Integers would be quantised weights, which no student has."""
+_COUNTER_BYTES = {"I64": 8}
+"""Allowed for a single number: how many batches a normalisation has seen."""
 _PICKLE_STARTS = (b"\x80", b"PK\x03\x04", b"PK\x05\x06")
 """A pickle of protocol 2 and later, and the zip archive that torch.save writes."""
 
@@ -112,12 +114,13 @@ def _read_entry(entry: object, path: pathlib.Path) -> tuple[TensorFacts, int, in
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         refuse(path, "a tensor lacks its type, shape or place, or has more than these")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in _BYTES_OF:
+    bytes_of = _BYTES_OF | (_COUNTER_BYTES if shape == [] else {})
+    if not isinstance(dtype, str) or dtype not in bytes_of:
         refuse(path, f"a tensor's element type is none of {', '.join(_BYTES_OF)}")
     if not _are_sizes(shape) or len(shape) > MAX_RANK or not _are_sizes(offsets) or len(offsets) != 2:
         refuse(path, "a tensor's shape or place is not a list of sizes")
     begin, end = offsets
-    if end - begin != math.prod(shape) * _BYTES_OF[dtype]:
+    if end - begin != math.prod(shape) * bytes_of[dtype]:
         refuse(path, "a tensor's place has another size than its shape")
     return TensorFacts(dtype, tuple(shape)), begin, end
 

@@ -8,10 +8,11 @@ import contextlib
 import dataclasses
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from mint_lib.engine.prompt_images import PromptImages
 from mint_lib.errors import NotFound, PromptTooLong
-from mint_lib.reading import encode_prompt
+from mint_lib.reading import TextReader
 from mint_lib.records import Label, Reference, Turn
 from mint_lib.template import Template
 
@@ -21,8 +22,16 @@ if TYPE_CHECKING:
     from mint_lib.engine.answer_format import AnswerFormat
     from mint_lib.engine.label_trie import LabelTrie
     from mint_lib.engine.scheduler import Engine
+    from mint_lib.image_inputs.reader import ImageReader
 
 Precision = Literal["float32", "bfloat16", "int8"]
+
+
+class EncodedPrompt(NamedTuple):
+    """A prompt as the engine takes it."""
+
+    ids: tuple[int, ...]
+    images: PromptImages | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,8 +54,8 @@ class ServedStudent:
     """Tokens that end its answers."""
     window_tokens: int
     """Longest prompt and answer together."""
-    modality: Literal["text", "image"] = "text"
-    """What it reads. An image student needs an image, a text student must not get one."""
+    image_reader: "ImageReader | None" = None
+    """How it reads images. An image student needs one in every prompt; None: it reads text and must not get any."""
     temperature: float = 1.0
     """Divides its log-probabilities; fitted on validation cases when the model was evaluated."""
     num_calibration_cases: int = 0
@@ -60,17 +69,40 @@ class ServedStudent:
     load_seconds: float
     """From the first byte asked of the store to the first warm answer."""
 
-    def encode_case(self, text: str) -> tuple[int, ...]:
-        """The prompt for a case's text, in the template that the student was trained on.
+    @property
+    def modality(self) -> Literal["text", "image"]:
+        """What it reads."""
+        return "text" if self.image_reader is None else "image"
+
+    def encode_case(self, case: str | bytes) -> EncodedPrompt:
+        """The prompt for a case's text, or its encoded image, in the template that the student was trained on.
 
         Raises:
             PromptTooLong: prompt and longest label exceed the window; names the counts, nothing is cut.
+            InvalidInput: the image cannot be decoded.
         """
-        return self._check(self.encode_turns(self.template.prompt(text)), self.trie.depth)
+        if isinstance(case, str):
+            prompt = self.encode_turns(self.template.prompt(case))
+        else:
+            prompt = self.encode_turns(self.template.prompt(), images=(case,))
+        self._check(prompt.ids, self.trie.depth)
+        return prompt
 
-    def encode_turns(self, turns: Sequence[Turn]) -> tuple[int, ...]:
-        """A conversation in the student's chat template, ending where the answer begins. Not checked for length."""
-        return tuple(encode_prompt(self.tokenizer, turns))
+    def encode_turns(self, turns: Sequence[Turn], images: Sequence[bytes] = ()) -> EncodedPrompt:
+        """A conversation in the student's chat template, ending where the answer begins. Not checked for length.
+
+        The images stand before the text of the first user turn, as in training.
+
+        Raises:
+            InvalidInput: an image cannot be decoded, a text spells an image token, or the student reads text only.
+        """
+        if self.image_reader is None:
+            return EncodedPrompt(tuple(TextReader(self.tokenizer).read(turns, images).ids))
+        read = self.image_reader.read(turns, images)
+        if read.image_inputs is None:
+            return EncodedPrompt(tuple(read.ids))
+        token_id = self.image_reader.family.image_token_id
+        return EncodedPrompt(tuple(read.ids), PromptImages.build(read.ids, read.image_inputs, image_token_id=token_id))
 
     def room_for(self, prompt_ids: Sequence[int], max_new_tokens: int | None) -> int:
         """How many tokens the answer may have: `max_new_tokens`, or all that the window leaves.
@@ -81,13 +113,12 @@ class ServedStudent:
         self._check(prompt_ids, max_new_tokens or 1)
         return max_new_tokens or self.window_tokens - len(prompt_ids)
 
-    def _check(self, prompt_ids: Sequence[int], num_answer_tokens: int) -> tuple[int, ...]:
+    def _check(self, prompt_ids: Sequence[int], num_answer_tokens: int) -> None:
         if len(prompt_ids) + num_answer_tokens > self.window_tokens:
             raise PromptTooLong(
                 f"The prompt has {len(prompt_ids)} tokens and its answer needs {num_answer_tokens}; the window of "
                 f"{self.name} is {self.window_tokens} tokens. Nothing is cut: shorten the text or ask for fewer tokens."
             )
-        return tuple(prompt_ids)
 
 
 class Lineup:

@@ -31,7 +31,7 @@ from mint_lib.vilt.inputs import (
     vary_findings,
     vary_photo,
 )
-from mint_lib.vilt.model import Batch, TrainingPlan, build_network, compute_logits, fit_network, standardise_photos
+from mint_lib.vilt.model import Batch, build_network, compute_logits, compute_loss, standardise_photos
 
 
 class Architecture(BaseModel):
@@ -125,6 +125,8 @@ class ViltTeacher(Teacher):
         """Train with early stopping on the validation likelihood; tells the history and how the cases were read."""
         import torch
 
+        from mint_lib.vision.fitting import TrainingPlan, fit_best_epoch
+
         if not train:
             raise InvalidInput("The vilt teacher learns from labelled training cases, and train has none.")
         if self.config.architecture is not None and not torch.cuda.is_available():
@@ -141,18 +143,14 @@ class ViltTeacher(Teacher):
             photos = [prepared for item in readings if (prepared := self._prepare(item.photo)) is not None]
             if self.config.architecture is not None and photos:
                 standardise_photos(self._network, photos)
-            history = fit_network(
+            history = fit_best_epoch(
                 self._network,
-                TrainingPlan(
-                    learning_rate=self.config.learning_rate,
-                    weight_decay=self.config.weight_decay,
-                    num_epochs=self.config.num_epochs,
-                    patience_epochs=self.config.patience_epochs,
-                    warmup_share=self.config.warmup_share,
-                ),
+                TrainingPlan(**self.config.model_dump(include=set(TrainingPlan._fields))),
                 draw_epoch=lambda: self._draw_epoch(readings, targets, rng),
+                compute_loss=lambda batch: compute_loss(self._network, batch),
                 num_batches=math.ceil(len(train) / self.config.batch_size),
                 evaluate=lambda: _measure(self._score(validation_readings), truth),
+                description="teacher: vilt learns",
             )
         return {
             "history": history,

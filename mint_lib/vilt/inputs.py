@@ -84,7 +84,7 @@ def vary_findings(
 
 
 def read_photo(image: bytes, *, side_pixels: int, case_id: str) -> np.ndarray:
-    """RGB bytes `[3, side, side]` of an encoded photo, stretched to a square.
+    """RGB bytes `[3, side, side]` of an encoded image, stretched to a square.
 
     Raises:
         InvalidInput: `image` cannot be decoded.
@@ -95,7 +95,7 @@ def read_photo(image: bytes, *, side_pixels: int, case_id: str) -> np.ndarray:
         with Image.open(io.BytesIO(image)) as photo:
             square = photo.convert("RGB").resize((side_pixels, side_pixels), Image.Resampling.BICUBIC)
     except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise InvalidInput(f"The photo of case {case_id} cannot be read: {type(error).__name__}. Replace it.") from None
+        raise InvalidInput(f"The image of case {case_id} cannot be read: {type(error).__name__}. Replace it.") from None
     return np.asarray(square, dtype=np.uint8).transpose(2, 0, 1)
 
 

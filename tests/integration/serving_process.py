@@ -43,6 +43,8 @@ class ServerOptions:
     """None: no tokens are needed."""
     page: bool = False
     names: tuple[str, ...] = ("tiny",)
+    reads_images: bool = False
+    """The tiny image student in place of the one that reads text."""
     window_tokens: int = 512
     max_batch: int = 8
     max_queued: int = 64
@@ -60,14 +62,18 @@ def make_students(options: ServerOptions, observer: object) -> list[ServedStuden
     from mint_lib.engine.label_trie import LabelTrie
     from mint_lib.engine.requests import EngineLimits
     from mint_lib.engine.scheduler import Engine
+    from mint_lib.image_inputs.reader import ImageReader
     from mint_lib.reading import end_of_turn_id
-    from mint_lib.student import StudentConfig, load_student, load_tokenizer
+    from mint_lib.student import StudentConfig, load_reader, load_student
     from mint_lib.template import Template
 
     started = time.monotonic()
     config = StudentConfig(model="tiny", window_tokens=options.window_tokens)
-    tokenizer = load_tokenizer(config)
-    template = Template.load("rare_disease_brief").with_num_answers(3)
+    if options.reads_images:
+        config = StudentConfig(model="tiny-image", reads="image", window_tokens=options.window_tokens)
+    reader = load_reader(config)
+    tokenizer = reader.tokenizer
+    template = Template.load("tissue_brief" if options.reads_images else "rare_disease_brief").with_num_answers(3)
     limits = EngineLimits(max_batch=options.max_batch, max_queued=options.max_queued)
     engine = Engine(load_student(config), limits=limits, observer=observer)
     engine.start()
@@ -81,6 +87,7 @@ def make_students(options: ServerOptions, observer: object) -> list[ServedStuden
             engine=engine,
             adapter="base",
             tokenizer=tokenizer,
+            image_reader=reader if isinstance(reader, ImageReader) else None,
             template=template,
             labels=LABELS,
             trie=trie,

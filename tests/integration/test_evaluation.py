@@ -9,9 +9,10 @@ import pytest
 
 from mint_lib.calibration import fit_temperature
 from mint_lib.errors import InvalidInput
-from mint_lib.evaluation import EvaluationConfig, evaluate_students
+from mint_lib.evaluation import evaluate_students
 from mint_lib.reading import TextReader
 from mint_lib.records import Calibration, Case, EvaluationReport, Label, Prediction, Ranking, Reference, StageRecord
+from mint_lib.reporting.settings import EvaluationConfig
 from mint_lib.rows import case_schema, ranking_schema
 from mint_lib.store import Store
 from mint_lib.student import StudentConfig, load_student, load_tokenizer, rank_labels

@@ -65,7 +65,7 @@ def test_loaded_model_answers_as_it_did_in_training(store: Store, engines: Engin
     student = load(store, engines, "model/tiny", abstain_below=0.3)
     assert student.reference == reference
     assert scores_of(student) == close_to(expected_scores(adapters(1)))
-    assert student.encode_case(TEXT)
+    assert student.encode_case(TEXT).ids
     assert (student.temperature, student.num_calibration_cases, student.abstain_below) == (1.7, 9, 0.3)
     assert (student.intended_use, student.limits) == ("Tests.", ("Not a medical device.",))
     assert student.precision == "float32"

@@ -6,6 +6,7 @@ import hashlib
 import io
 import itertools
 import json
+import os
 import re
 import shutil
 import urllib.parse
@@ -149,9 +150,9 @@ def visit(browser: Any, served: Any) -> Iterator[Callable[..., Visitor]]:
     """A function that opens a tab; at the end no tab may have met an error or a violation of the policy."""
     visitors: list[Visitor] = []
 
-    def make(**options: Any) -> Visitor:
+    def make(url: str = served.url, **options: Any) -> Visitor:
         context = browser.new_context(**options)
-        visitor = Visitor(context.new_page(), served.url)
+        visitor = Visitor(context.new_page(), url)
         visitors.append(visitor)
         return visitor
 
@@ -161,7 +162,7 @@ def visit(browser: Any, served: Any) -> Iterator[Callable[..., Visitor]]:
         assert visitor.page.evaluate("window.violations") == []
         assert {
             request.url.partition("#")[0].split("/")[2] for request in visitor.requests if "http" in request.url[:5]
-        } == {served.url.split("/")[2]}
+        } == {visitor.url.split("/")[2]}
         visitor.page.context.close()
 
 
@@ -444,13 +445,11 @@ def test_page_inserts_an_example_that_says_it_is_invented(visit: Callable[..., V
     assert page.input_value("#text").startswith("Invented example, not a patient.")
 
 
-@pytest.fixture
-def image_student(visit: Callable[..., Visitor], served: Any) -> Visitor:
-    visitor = visit()
-    described = {"inputs": [{"name": "text"}, {"name": "image"}]}
-    visitor.page.route("**/v2/models/*", lambda route: route.fulfill(json=described))
-    visitor.open(served.token)
-    return visitor
+@pytest.fixture(scope="module")
+def seeing_url(browser: Any) -> Iterator[str]:
+    """The real server with the tiny image student, without tokens."""
+    with running_server(ServerOptions(page=True, reads_images=True)) as server:
+        yield server.url
 
 
 @pytest.fixture(scope="module")
@@ -460,43 +459,96 @@ def photo() -> bytes:
     return buffer.getvalue()
 
 
+def give_picture(page: Any, data: bytes, *, way: str = "chosen", name: str = "tile.png") -> None:
+    """Choose a file in the form, or drop one on it."""
+    if way == "chosen":
+        page.set_input_files("#picture", {"name": name, "mimeType": "image/png", "buffer": data})
+        return
+    page.evaluate(
+        """([encoded, name]) => {
+          const bytes = Uint8Array.from(atob(encoded), (letter) => letter.charCodeAt(0));
+          const dataTransfer = new DataTransfer();
+          dataTransfer.items.add(new File([bytes], name, { type: "image/png" }));
+          const options = { dataTransfer, bubbles: true, cancelable: true };
+          document.getElementById("drop").dispatchEvent(new DragEvent("drop", options));
+        }""",
+        [base64.b64encode(data).decode(), name],
+    )
+
+
+def list_sent(visitor: Visitor) -> list[Any]:
+    """Instances of the predictions that were asked for."""
+    return [request.post_data_json["instances"] for request in visitor.requests if request.method == "POST"]
+
+
 def test_page_of_a_text_student_offers_no_picture(visit: Callable[..., Visitor], served: Any) -> None:
-    assert visit().open(served.token).locator("#picture-field").is_hidden()
+    page = visit().open(served.token)
+    assert page.locator("#picture-field").is_hidden()
+    assert page.locator("#text-field").is_visible()
 
 
 @pytest.mark.parametrize("way", ["chosen", "dropped"])
-def test_page_of_an_image_student_sends_the_picture(way: str, image_student: Visitor, photo: bytes) -> None:
-    page = image_student.page
-    image_student.answer_with(answer(("Seen", 0.7)))
-    if way == "chosen":
-        page.set_input_files("#picture", {"name": "face.png", "mimeType": "image/png", "buffer": photo})
-    else:
-        page.evaluate(
-            """(encoded) => {
-              const bytes = Uint8Array.from(atob(encoded), (letter) => letter.charCodeAt(0));
-              const dataTransfer = new DataTransfer();
-              dataTransfer.items.add(new File([bytes], "face.png", { type: "image/png" }));
-              const options = { dataTransfer, bubbles: true, cancelable: true };
-              document.getElementById("drop").dispatchEvent(new DragEvent("drop", options));
-            }""",
-            base64.b64encode(photo).decode(),
-        )
+def test_page_of_an_image_student_shows_and_ranks_the_picture_and_asks_for_no_text(
+    way: str, visit: Callable[..., Visitor], seeing_url: str, photo: bytes
+) -> None:
+    visitor = visit(seeing_url)
+    page = visitor.open(None)
+    page.wait_for_selector("#picture-field:not([hidden])")
+    assert page.locator("#text-field").is_hidden()
+    give_picture(page, photo, way=way)
     page.wait_for_function("() => document.getElementById('preview').naturalWidth === 300")
-    image_student.ask()
+    page.click("#ask")
     page.wait_for_selector("ol.labels li")
-    (sent,) = [request.post_data_json for request in image_student.requests if request.method == "POST"]
-    assert base64.b64decode(sent["instances"][0]["image"]["b64"], validate=True) == photo
-    assert sent["instances"][0]["text"] == CASE
+    assert page.locator("ol.labels li").count() == 5
+    ((sent,),) = list_sent(visitor)
+    assert sent.keys() == {"image"}
+    assert base64.b64decode(sent["image"]["b64"], validate=True) == photo
+
+
+def test_page_of_an_image_student_without_a_picture_asks_for_one_and_sends_nothing(
+    visit: Callable[..., Visitor], seeing_url: str, photo: bytes
+) -> None:
+    visitor = visit(seeing_url)
+    page = visitor.open(None)
+    page.wait_for_selector("#picture-field:not([hidden])")
+    page.click("#ask")
+    assert "Choose a picture first" in visitor.words("#status")
+    give_picture(page, photo)
     page.click("#remove")
     assert page.locator("#preview").is_hidden()
     page.click("#ask")
+    assert "Choose a picture first" in visitor.words("#status")
+    assert list_sent(visitor) == []
+
+
+def test_page_shows_the_servers_words_about_a_picture_that_is_none(
+    visit: Callable[..., Visitor], seeing_url: str
+) -> None:
+    visitor = visit(seeing_url)
+    page = visitor.open(None)
+    page.wait_for_selector("#picture-field:not([hidden])")
+    give_picture(page, b"<svg xmlns='http://www.w3.org/2000/svg' onload='window.hacked = 1'/>", name="x.svg")
+    page.click("#ask")
+    page.wait_for_selector("#error:not([hidden])")
+    assert "neither PNG, JPEG nor WebP" in visitor.words("#error")
+    assert page.evaluate("window.hacked") is None
+
+
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 390)])
+def test_page_of_an_image_student_is_readable_and_fits(
+    scheme: str, width: int, visit: Callable[..., Visitor], seeing_url: str, photo: bytes
+) -> None:
+    visitor = visit(seeing_url, color_scheme=scheme, viewport={"width": width, "height": 900})
+    page = visitor.open(None)
+    page.wait_for_selector("#picture-field:not([hidden])")
+    give_picture(page, photo)
+    page.click("#ask")
     page.wait_for_selector("ol.labels li")
-    assert (
-        "image"
-        not in [request.post_data_json for request in image_student.requests if request.method == "POST"][-1][
-            "instances"
-        ][0]
-    )
+    assert page.evaluate(LOW_CONTRAST) == []
+    scroll, client = page.evaluate("[document.documentElement.scrollWidth, document.documentElement.clientWidth]")
+    assert scroll <= client
+    if folder := os.environ.get("MINT_SCREENSHOTS"):
+        page.screenshot(path=f"{folder}/image-student-{scheme}.png", full_page=True)
 
 
 @pytest.mark.parametrize("width", [320, 390, 1280])

@@ -100,7 +100,7 @@ def test_prepare_cases_writes_splits_labels_and_record(store: Store, give_rows) 
     assert [Label.model_validate(item) for item in store.read_json(reference, "labels.json")] == list(LABELS)
     record = store.record(reference)
     assert record.counts["train/label/D:1"] == 14
-    assert sum(record.counts[f"{split}/with photo"] for split in SPLITS) == 10
+    assert sum(record.counts[f"{split}/with image"] for split in SPLITS) == 10
     assert "a note of the source" in record.notes
     assert "test: 8 of 8 cases are synthetic (generated, not observed)" in record.notes
 
@@ -115,12 +115,12 @@ def test_prepare_cases_same_config_gives_same_digest(store: Store, give_rows) ->
 @pytest.mark.parametrize(
     ("bad", "cause"),
     [
-        ({"text": None}, "neither text nor photo"),
-        ({"text": "  \n"}, "neither text nor photo"),
-        ({"image": encode()[:-14]}, "corrupt photo"),
-        ({"image": encode(200, (90, 90), "JPEG")[:700]}, "corrupt photo"),
-        ({"image": b"no photo"}, "corrupt photo"),
-        ({"image": encode(size=(300, 300))}, "photo too large"),
+        ({"text": None}, "neither text nor image"),
+        ({"text": "  \n"}, "neither text nor image"),
+        ({"image": encode()[:-14]}, "corrupt image"),
+        ({"image": encode(200, (90, 90), "JPEG")[:700]}, "corrupt image"),
+        ({"image": b"no photo"}, "corrupt image"),
+        ({"image": encode(size=(300, 300))}, "image too large"),
         ({"label_id": "D:3"}, "unknown label"),
         ({"case_id": "case-1"}, "case id given twice"),
         ({"group_id": ""}, "no case id or patient"),
@@ -143,7 +143,7 @@ def test_prepare_cases_refused_share_within_the_limit_is_counted(store: Store, g
     give_rows([*(row(number) for number in range(38)), row(99, text=None), LeftOut("x", "not JSON", refused=True)])
     reference = prepare_cases(config(max_refused_share=0.05), store=store)
     counts = store.record(reference).counts
-    assert counts["test_data/refused/neither text nor photo"] == 1
+    assert counts["test_data/refused/neither text nor image"] == 1
     assert counts["test_data/refused/not JSON"] == 1
     with pytest.raises(RefusedData, match="2 of 40 rows"):
         prepare_cases(config(max_refused_share=0.04), store=store)
@@ -203,6 +203,38 @@ def test_prepare_cases_few_label_mode_withholds_by_patient(store: Store, give_ro
     assert all(case.label_id for case in store.read_rows(reference, "validation.parquet", Case))
 
 
+def test_prepare_cases_split_by_image_deals_tiles_of_one_patient_and_calls_it_a_leak(store: Store, give_rows) -> None:
+    rows = [row(number, group_id=f"patient-{number // 10}", image=encode(number)) for number in range(40)]
+    give_rows(rows)
+    apart = prepare_cases(config(split={"train": 2, "validation": 1, "test": 1}), store=store)
+    assert not any("LEAK" in note for note in store.record(apart).notes)
+    dealt = prepare_cases(config(split_by="image"), store=store)
+    assert store.record(dealt).notes[0].startswith("LEAK: split by image (data.split_by), not by patient: 4 of 4")
+    groups = [{case.group_id for case in store.read_rows(dealt, f"{split}.parquet", Case)} for split in SPLITS]
+    assert groups[0] & groups[2]
+
+
+def test_prepare_cases_split_by_image_still_keeps_identical_images_together(store: Store, give_rows) -> None:
+    give_rows([row(number, image=encode(number // 4)) for number in range(40)])
+    reference = prepare_cases(config(split_by="image"), store=store)
+    images = [{case.image for case in store.read_rows(reference, f"{split}.parquet", Case)} for split in SPLITS]
+    assert not images[0] & images[1] | images[0] & images[2] | images[1] & images[2]
+    give_rows([row(0, image=encode(1), split="train"), row(1, image=encode(1), split="test")])
+    with pytest.raises(RefusedData, match="image in train and test"):
+        prepare_cases(config(split_by="image"), store=store)
+
+
+def test_prepare_cases_equal_descriptions_of_images_bind_no_patients(
+    store: Store, give_rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    give_rows([row(number, text="Nuclei dense.", image=encode(number)) for number in range(40)])
+    with pytest.raises(RefusedData, match="split is empty"):
+        prepare_cases(config(), store=store)
+    monkeypatch.setattr(ListSource, "describes_images", True)
+    reference = prepare_cases(config(), store=store)
+    assert [len(store.read_rows(reference, f"{split}.parquet", Case)) for split in SPLITS] == [28, 6, 6]
+
+
 def test_prepare_cases_labels_of_one_name_are_refused(store: Store, give_rows, monkeypatch: pytest.MonkeyPatch) -> None:
     give_rows([row(number) for number in range(20)])
     monkeypatch.setattr(ListSource, "labels", lambda self: [LABELS[0], Label(id="D:2", name="first DISEASE")])
@@ -231,11 +263,11 @@ def test_digest_sources_follows_the_files_read(tmp_path: pathlib.Path) -> None:
     [
         (encode(), None),
         (encode(image_format="JPEG"), None),
-        (encode(image_format="GIF"), "corrupt photo"),
-        (encode(size=(101, 100)), "photo too large"),
-        (encode() + b"x" * 5000, "photo too large"),
-        (encode(save_all=True, append_images=[Image.new("RGB", (8, 8), (9, 9, 9))]), "animated photo"),
-        (b"", "corrupt photo"),
+        (encode(image_format="GIF"), "corrupt image"),
+        (encode(size=(101, 100)), "image too large"),
+        (encode() + b"x" * 5000, "image too large"),
+        (encode(save_all=True, append_images=[Image.new("RGB", (8, 8), (9, 9, 9))]), "animated image"),
+        (b"", "corrupt image"),
     ],
 )
 def test_find_image_fault_tells_the_cause(photo: bytes, fault: str | None) -> None:
@@ -244,7 +276,7 @@ def test_find_image_fault_tells_the_cause(photo: bytes, fault: str | None) -> No
 
 def test_find_image_fault_decompression_bomb_is_refused_before_decoding() -> None:
     bomb = _claim_size(encode(), 60_000, 60_000)
-    assert find_image_fault(bomb, max_pixels=16_777_216, max_bytes=10**7) == "photo too large"
+    assert find_image_fault(bomb, max_pixels=16_777_216, max_bytes=10**7) == "image too large"
 
 
 def _claim_size(photo: bytes, width: int, height: int) -> bytes:
@@ -283,8 +315,16 @@ def test_split_cases_any_rows_keep_every_case_and_stay_disjoint(
     ]
     counts: collections.Counter[str] = collections.Counter()
     rng = np.random.default_rng(0)
-    splits = split_cases(rows, SplitWeights(), has_own_test=has_own_test, rng=rng, counts=counts)
-    prove_disjoint(splits)
+    splits = split_cases(
+        rows,
+        SplitWeights(),
+        by="patient",
+        contents=("text", "image"),
+        has_own_test=has_own_test,
+        rng=rng,
+        counts=counts,
+    )
+    prove_disjoint(splits, by="patient", contents=("text", "image"))
     assert sorted(case.case_id for cases in splits.values() for case in cases) == sorted(
         case.case_id for case, _ in rows
     )
@@ -300,7 +340,13 @@ def test_split_cases_many_small_labels_still_meet_the_weights_overall() -> None:
         for n in range(200)
     ]
     splits = split_cases(
-        rows, SplitWeights(), has_own_test=False, rng=np.random.default_rng(0), counts=collections.Counter()
+        rows,
+        SplitWeights(),
+        by="patient",
+        contents=("text", "image"),
+        has_own_test=False,
+        rng=np.random.default_rng(0),
+        counts=collections.Counter(),
     )
     assert {split: len(cases) for split, cases in splits.items()} == {"train": 140, "validation": 30, "test": 30}
 

@@ -5,17 +5,15 @@ import pytest
 from pydantic import ValidationError
 
 from mint_lib.errors import InvalidInput, RefusedData
-from mint_lib.evaluation import (
-    EvaluationConfig,
-    EvaluationTask,
-    build_report,
-    check_names,
-    flatten_metrics,
-)
+from mint_lib.evaluation import check_names
 from mint_lib.plugins import load_plugin
+from mint_lib.reading import TextReader
 from mint_lib.records import Case, EvaluationReport, Label, Prediction, Ranking, Reference
+from mint_lib.reporting.assembly import build_report, flatten_metrics
 from mint_lib.reporting.findings import GateRule, Resampling, compare_systems, decide_gate, estimate_slices
 from mint_lib.reporting.material import Material, check_rankings, select_cases
+from mint_lib.reporting.settings import EvaluationConfig
+from mint_lib.reporting.task import EvaluationTask
 from mint_lib.statistics import Measurement, measure_mean
 from mint_lib.student import StudentConfig
 from mint_lib.template import Template
@@ -148,14 +146,14 @@ def test_select_cases_counts_every_cause() -> None:
         rows,
         LABELS,
         Template.load("rare_disease"),
-        WordTokenizer(),  # type: ignore[arg-type]
+        TextReader(WordTokenizer()),  # type: ignore[arg-type]
         window_tokens=200,
         max_refused_share=0.2,
     )
     assert [case.case_id for case in kept] == ["case-0"]
     assert refused == {
-        "no_diagnosis": ["case-1"],
-        "other_diagnosis": ["case-2"],
+        "no_label": ["case-1"],
+        "other_label": ["case-2"],
         "no_text": ["case-3"],
         "longer_than_window": ["case-4"],
     }
@@ -168,7 +166,7 @@ def test_select_cases_with_too_many_long_texts_refuses_with_counts_and_ids_but_n
             rows,
             LABELS,
             Template.load("rare_disease"),
-            WordTokenizer(),  # type: ignore[arg-type]
+            TextReader(WordTokenizer()),  # type: ignore[arg-type]
             window_tokens=200,
             max_refused_share=0.2,
         )
@@ -182,7 +180,7 @@ def test_select_cases_of_an_empty_test_set_refuses() -> None:
             [],
             LABELS,
             Template.load("rare_disease"),
-            WordTokenizer(),  # type: ignore[arg-type]
+            TextReader(WordTokenizer()),  # type: ignore[arg-type]
             window_tokens=200,
             max_refused_share=0.0,
         )

@@ -12,7 +12,7 @@ from mint_lib.errors import ComputationFailed, DeadlineExceeded, GateFailed, Inv
 from mint_lib.records import Case, Reference
 from mint_lib.server.asking import rank_case
 from mint_lib.server.int8_gate import check_int8, wilson_interval
-from mint_lib.server.students import ServedStudent
+from mint_lib.server.students import EncodedPrompt, ServedStudent
 
 MODEL = Reference.parse(f"model/m@v000001#sha256:{'1' * 64}")
 CASES = Reference.parse(f"cases/c@v000001#sha256:{'2' * 64}")
@@ -51,10 +51,13 @@ class Student:
     labels: tuple[int, ...] = (0, 1, 2)
     trie: None = None
 
-    def encode_case(self, text: str) -> tuple[int, ...]:
+    modality: str = "text"
+
+    def encode_case(self, case: str | bytes) -> EncodedPrompt:
+        text = case if isinstance(case, str) else case.decode()
         if text == "too long":
             raise PromptTooLong("x")
-        return (int(text.removeprefix("case ")),)
+        return EncodedPrompt((int(text.removeprefix("case ")),))
 
 
 class CaseStore:

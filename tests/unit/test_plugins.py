@@ -3,8 +3,8 @@ from pydantic import BaseModel
 
 from mint_lib.data import DataSource
 from mint_lib.errors import RecipeError
-from mint_lib.evaluation import EvaluationTask
 from mint_lib.plugins import list_plugins, load_plugin, parse_plugin_config
+from mint_lib.reporting.task import EvaluationTask
 from mint_lib.teacher import Teacher
 from mint_lib.training.method import AlignmentMethod
 

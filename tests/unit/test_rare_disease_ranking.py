@@ -1,12 +1,13 @@
+import types
 from typing import Any
 
 import numpy as np
 import pytest
 
 from mint_lib.clinical.disease_names import NameTable
-from mint_lib.evaluation_tasks import rare_disease_ranking
 from mint_lib.evaluation_tasks.rare_disease_ranking import RareDiseaseRanking
 from mint_lib.records import Case, Label, Prediction, Ranking
+from mint_lib.reporting import label_ranking
 from mint_lib.reporting.material import Material
 from mint_lib.reporting.ranking_scores import TeacherSides, measure_agreement, measure_generation, measure_ranking
 from mint_lib.statistics import GroupBootstrap, Measurement
@@ -63,6 +64,10 @@ def make_task(**config: Any) -> RareDiseaseRanking:
     return RareDiseaseRanking(RareDiseaseRanking.Config(**config), make_material())
 
 
+def score(predictions: list[Prediction]) -> dict[str, Measurement]:
+    return measure_ranking(predictions, tops=(1, 3, 10))
+
+
 def make_names(**options: Any) -> NameTable:
     diseases = {
         "OMIM:900": ("Marfan syndrome",),
@@ -73,7 +78,7 @@ def make_names(**options: Any) -> NameTable:
 
 
 def test_ranking_scores_a_known_order() -> None:
-    measured = measure_ranking([make_prediction(IDS[0]), make_prediction(IDS[2]), make_prediction(IDS[4])])
+    measured = score([make_prediction(IDS[0]), make_prediction(IDS[2]), make_prediction(IDS[4])])
     assert value_of(measured, "top_1") == pytest.approx(1 / 3)
     assert value_of(measured, "top_3") == pytest.approx(2 / 3)
     assert value_of(measured, "mrr") == pytest.approx((1 + 1 / 3 + 1 / 5) / 3)
@@ -81,11 +86,11 @@ def test_ranking_scores_a_known_order() -> None:
 
 
 def test_ranking_leaves_out_a_top_k_that_the_label_set_does_not_exceed() -> None:
-    assert "top_10" not in measure_ranking([make_prediction(IDS[0])])
+    assert "top_10" not in score([make_prediction(IDS[0])])
 
 
 def test_ranking_with_equal_probabilities_shares_the_ranks() -> None:
-    measured = measure_ranking([make_prediction(IDS[0], probabilities=(0.2,) * 5)])
+    measured = score([make_prediction(IDS[0], probabilities=(0.2,) * 5)])
     assert value_of(measured, "top_1") == pytest.approx(0.2)
     assert value_of(measured, "top_3") == pytest.approx(0.6)
     assert value_of(measured, "mrr") == pytest.approx(np.mean(1 / np.arange(1, 6)))
@@ -196,15 +201,14 @@ def test_task_does_not_compare_the_teacher_with_itself() -> None:
 def test_task_answer_ranks_all_cases_and_generates_for_the_drawn_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     scores = np.log(np.array([[0.1, 0.1, 0.6, 0.1, 0.1]] * 4))
     texts = ["POTENTIAL_DISEASES:\n\n1. 'NOONAN SYNDROME 1'\n\n2. 'Nonsense disease'", ""]
-    monkeypatch.setattr(rare_disease_ranking, "rank_labels", lambda *_, **__: scores)
-    monkeypatch.setattr(rare_disease_ranking, "encode_answer", lambda *_: [0] * 20)
-    monkeypatch.setattr(rare_disease_ranking, "generate_answers", lambda *_, **__: texts)
-    monkeypatch.setattr(rare_disease_ranking, "_load_disease_names", dict)
+    monkeypatch.setattr(label_ranking, "rank_labels", lambda *_, **__: scores)
+    monkeypatch.setattr(label_ranking, "encode_answer", lambda *_: [0] * 20)
+    monkeypatch.setattr(label_ranking, "generate_answers", lambda *_, **__: texts)
+    monkeypatch.setattr(RareDiseaseRanking, "load_outside_names", lambda _: {})
     task = make_task(generation_cases=2)
-    rows = task.answer(None, None, system="orpo")  # type: ignore[arg-type]
+    rows = task.answer(None, types.SimpleNamespace(tokenizer=None), system="orpo")  # type: ignore[arg-type]
     assert [row.ranked_ids[0] for row in rows] == [IDS[2]] * 4
     assert sorted(map(str, (row.generated for row in rows))) == sorted(map(str, [None, None, (IDS[2], "unknown"), ()]))
-    assert set(task.measure(rows)) <= set(task.metrics)
     assert "real diseases outside the label set count as invented" in " ".join(task.describe())
 
 
@@ -214,5 +218,6 @@ def test_task_every_measured_metric_is_described() -> None:
         make_prediction(case.label_id or "", generated=(IDS[0],)).model_copy(update={"case_id": case.case_id})
         for case in task.material.cases
     ]
-    assert set(task.measure(rows)) <= set(task.metrics)
+    # Ten labels and more would have a top-10.
+    assert set(task.measure(rows)) == set(task.metrics) - {"top_10"}
     assert set(task.tests) <= set(task.measure(rows))

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from mint_lib.evaluation_tasks.tissue_type import TissueType
 from mint_lib.records import (
     Case,
     Comparison,
@@ -12,12 +13,18 @@ from mint_lib.records import (
     EvaluationReport,
     Gate,
     GateOutcome,
+    Grounding,
+    GroundingVariant,
     Label,
     Metric,
     ModelCard,
+    Perturbation,
+    PerturbationLevel,
     Prediction,
 )
+from mint_lib.reporting.card import render_card
 from mint_lib.reporting.exhibits import Exhibits, collect_confusions, collect_curves, collect_exhibits
+from mint_lib.reporting.grounding import Probe, Shown
 from mint_lib.reporting.page import render_report
 from mint_lib.reporting.plots import draw_confusion
 from mint_lib.reporting.sentences import (
@@ -27,7 +34,6 @@ from mint_lib.reporting.sentences import (
     format_estimate,
     format_p_value,
     judge,
-    render_card,
 )
 
 EVIL = "<script>alert(1)</script> $\\frac{1}{2}$ & 'x'"
@@ -128,16 +134,88 @@ def make_exhibits(report: EvaluationReport, *, name: str = "Noonan syndrome 1", 
         for step in (0, 50, 100)
     ]
     return collect_exhibits(
-        report, dict.fromkeys(("orpo", "base", "teacher", "chance"), rows), cases, labels, {"orpo": history}
+        report,
+        dict.fromkeys(("orpo", "base", "teacher", "chance"), rows),
+        cases,
+        labels,
+        {"orpo": history},
+        confusion="families",
     )
 
 
-def make_png() -> bytes:
+def make_png(number: int = 0) -> bytes:
     from PIL import Image
 
     buffer = io.BytesIO()
-    Image.new("RGB", (8, 8), (200, 100, 50)).save(buffer, "PNG")
+    Image.new("RGB", (8, 8), (200, 100, 50 + number)).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def make_grounding(*, passed: bool = True) -> Grounding:
+    kinds: tuple[Any, ...] = ("blank", "noise", "permuted", "swapped", "colour")
+    variants = tuple(
+        GroundingVariant(
+            kind=kind,
+            changed=estimate(0.8, 0.7, 0.9),
+            top_1=estimate(0.1, 0.05, 0.2),
+            drop=estimate(0.3, 0.2, 0.4),
+            follows=estimate(0.4, 0.3, 0.5) if kind in ("permuted", "swapped") else None,
+            passed=None if kind == "colour" else passed,
+        )
+        for kind in kinds
+    )
+    top_1 = estimate(0.4, 0.3, 0.5)
+    return Grounding(student="student/s", passed=passed, ceiling=0.125, top_1=top_1, variants=variants)
+
+
+def make_image_report(**values: Any) -> EvaluationReport:
+    levels = tuple(
+        PerturbationLevel(level=level, top_1=estimate(0.3, 0.2, 0.4), change=estimate(-0.1, -0.2, 0.0))
+        for level in (1, 2, 4)
+    )
+    known: dict[str, Any] = {
+        "task": "tissue_type",
+        "reads": "image",
+        "wording": TissueType.wording,
+        "grounding": make_grounding(),
+        "perturbations": (Perturbation(kind="blur", top_1=estimate(0.4, 0.3, 0.5), levels=levels),),
+    }
+    return make_report(**(known | values))
+
+
+def make_image_exhibits(
+    report: EvaluationReport, *, name: str = "Liver", synthetic: bool = True, **options: Any
+) -> Exhibits:
+    labels = [Label(id=f"TISSUE:{n}", name=f"{name} {n}") for n in range(12)]
+    cases = [
+        Case(
+            case_id=f"c{n}",
+            group_id=f"p{n}",
+            text=f"Text of {name}",
+            image=make_png(n),
+            label_id=labels[n % 12].id,
+            source="t",
+            synthetic=synthetic,
+        )
+        for n in range(48)
+    ]
+    ids = tuple(label.id for label in labels)
+    rows = [
+        Prediction(
+            system="s",
+            case_id=case.case_id,
+            label_id=str(case.label_id),
+            ranked_ids=(first := ids[(n + n % 2) % 12], *(key for key in ids if key != first)),
+            probabilities=(0.45, *(0.05,) * 11),
+        )
+        for n, case in enumerate(cases)
+    ]
+    own = Shown(tuple(case.image or b"" for case in cases), tuple(row.ranked_ids[0] for row in rows))
+    kinds = ("blank", "noise", "permuted", "swapped", "colour")
+    donors: dict[Any, Any] = {"permuted": cases, "swapped": cases}
+    probe = Probe(make_grounding(), tuple(cases), own, dict.fromkeys(kinds, own), donors)
+    systems = dict.fromkeys(("orpo", "base", "teacher", "chance"), rows)
+    return collect_exhibits(report, systems, cases, labels, {}, confusion="labels", probe=probe, **options)
 
 
 class Page(html.parser.HTMLParser):
@@ -228,6 +306,69 @@ def test_page_with_a_value_that_cannot_be_computed_shows_a_dash() -> None:
     assert "–" in render_report(make_report(systems=systems), Exhibits())
 
 
+def test_page_of_images_is_as_safe_and_whole_as_any() -> None:
+    report = make_image_report(statements=(EVIL,), notes=(EVIL,), leaks=(EVIL,))
+    page = render_report(report, make_image_exhibits(report, name=EVIL))
+    parsed = Page(page)
+    assert "script" not in parsed.tags
+    assert len(parsed.ids) == len(set(parsed.ids))
+    addresses = [value for key, value in parsed.attributes if key in ("src", "href", "xlink:href")]
+    assert all(value.startswith(("data:image/", "#")) for value in addresses)
+    assert page.count("<table>") == page.count("<caption>")
+    assert page.count("<figure") == page.count("<figcaption>")
+    assert parsed.tags.count("img") == len([value for key, value in parsed.attributes if key == "alt" and value])
+    assert page == render_report(report, make_image_exhibits(report, name=EVIL))
+
+
+def test_page_of_images_shows_tiles_right_and_wrong_each_of_another_label() -> None:
+    report = make_image_report()
+    examples = make_image_exhibits(report).examples
+    assert [example.outcome for example in examples] == ["ranked first"] * 3 + ["not ranked first"] * 3
+    assert len({example.label for example in examples[:3]}) == len({example.label for example in examples[3:]}) == 3
+
+
+def test_page_of_images_shows_the_probe_the_levels_and_all_confusions() -> None:
+    report = make_image_report()
+    exhibits = make_image_exhibits(report)
+    assert exhibits.strip is not None
+    assert [item.kind for item in exhibits.strip.altered] == ["own", *(v.kind for v in make_grounding().variants)]
+    assert exhibits.strip.altered[0].is_own_label
+    assert [(item.kind, item.level) for item in exhibits.worse] == [("blur", 1.0), ("blur", 2.0), ("blur", 4.0)]
+    assert len(exhibits.confusions[0].counts) == 12
+    page = render_report(report, exhibits)
+    for text in ("Does it look at the image?", "An image of another tissue", "does not decide", "a blur of 4 pixels"):
+        assert text in page
+
+
+@pytest.mark.parametrize("word", ["diagnoses", " photo", "disease", "ontology frequencies", "Drawn face"])
+def test_page_of_images_speaks_of_tissues(word: str) -> None:
+    report = make_image_report()
+    assert word not in render_report(report, make_image_exhibits(report))
+
+
+def test_page_of_observed_images_shows_them_only_where_the_recipe_allows_it_and_never_their_text() -> None:
+    report = make_image_report(synthetic="none")
+    assert "data:image" not in render_report(report, make_image_exhibits(report, synthetic=False))
+    allowed = make_image_exhibits(report, synthetic=False, shows="with_observed_images")
+    page = render_report(report, allowed)
+    assert "data:image" in page
+    assert "Text of" not in page
+
+
+def test_page_of_a_student_that_does_not_look_says_that_it_cannot_be_promoted_though_its_gate_is_passed() -> None:
+    rule = GateOutcome(metric="top_1", system="orpo", over=None, bound="value", at_least=0.3, observed=0.4, passed=True)
+    gate = Gate(passed=True, rules=(rule,))
+    looks, blind, unknown = (
+        render_report(make_image_report(gate=gate, grounding=grounding), Exhibits())
+        for grounding in (make_grounding(), make_grounding(passed=False), None)
+    )
+    assert "This student may be promoted" in looks
+    assert "This student cannot be promoted" in blind
+    assert "Not shown to look at the image" in blind
+    assert "This student cannot be promoted" in unknown
+    assert "Not probed for looking at the image" in unknown
+
+
 def test_confusion_plot_with_markup_in_names_escapes_it() -> None:
     labels = [Label(id=f"OMIM:{n}", name=f"{EVIL[:20]}{n}", family="f") for n in range(2)]
     rows = [
@@ -311,6 +452,25 @@ def test_findings_do_not_boast_of_beating_chance_but_admit_the_opposite() -> Non
     assert any("does not beat chance" in text for text in describe_findings(report))
 
 
+def test_findings_of_images_say_whether_it_looks_and_that_images_of_a_patient_are_alike() -> None:
+    counts = {"measured_cases": 40, "measured_patients": 10, "labels": 8}
+    first, *others = describe_findings(make_image_report(counts=counts))
+    assert first.startswith("ORPO looks at the image. Top-1 is 40.0 % with the right images, 10.0 % with a blank image")
+    assert (
+        "Worse images change ORPO's top-1 at their strongest: a blur of 4 pixels −10.0 points (−20.0 to +0.0)."
+        in others
+    )
+    assert any(text.startswith("Few patients: 40 images of 10 patients.") for text in others)
+    assert any("how well real images are answered" in text for text in others)
+
+
+def test_headline_and_findings_of_a_leak_say_it_first() -> None:
+    report = make_image_report(leaks=("patients are in two splits.",))
+    assert describe_headline(report).startswith("The test is not fair, for the splits leak: ORPO reaches Top-1")
+    opening = "Leak: patients are in two splits. Nothing here says how patients are answered that were never seen."
+    assert describe_findings(report)[0] == opening
+
+
 def test_rule_in_words_says_points_for_a_lead_and_percent_for_a_value() -> None:
     rule = GateOutcome(
         metric="top_1", system="orpo", over="base", bound="lower", at_least=0.05, observed=0.1, passed=True
@@ -357,3 +517,28 @@ def test_card_holds_limits_licence_and_lineage() -> None:
         "sha256:2",
     ):
         assert part in text
+
+
+def test_card_of_an_image_student_says_once_that_it_looks() -> None:
+    report = make_image_report()
+    report = report.model_copy(update={"statements": describe_findings(report)})
+    card = ModelCard(
+        name="test",
+        base_model="tiny-image",
+        base_digest="sha256:1",
+        method="orpo",
+        student=f"student/s@v000001#sha256:{'0' * 64}",
+        inputs=report.inputs,
+        teacher_digest="sha256:2",
+        headline=report.headline,
+        metrics=report.systems["orpo"],
+        gate_passed=True,
+        synthetic="none",
+        licence="Apache-2.0",
+        intended_use="Research.",
+        limits=("Not a medical device.",),
+        grounding=report.grounding,
+    )
+    text = render_card(card, report)
+    assert text.count("ORPO looks at the image.") == 1
+    assert "The test cases are observed tiles." in text

@@ -171,3 +171,19 @@ def test_json_that_is_missing_or_too_large_is_refused(tmp_path: pathlib.Path) ->
     (tmp_path / "config.json").write_bytes(b" " * (16 * 2**20 + 1))
     with pytest.raises(InvalidInput, match="more than"):
         read_json_object(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(("shape", "is_taken"), [([], True), ([1], False), ([2, 2], False)])
+def test_safetensors_holds_integers_as_single_counters_only(
+    tmp_path: pathlib.Path, shape: list[int], is_taken: bool
+) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    path = tmp_path / "counter.safetensors"
+    save_file({"num_batches_tracked": torch.zeros(shape, dtype=torch.int64)}, path)
+    if is_taken:
+        assert check_safetensors(path)["num_batches_tracked"].shape == ()
+    else:
+        with pytest.raises(InvalidInput, match="element type"):
+            check_safetensors(path)

@@ -1,5 +1,7 @@
 import base64
 import io
+import json
+import re
 import struct
 import zlib
 from collections.abc import Callable
@@ -10,8 +12,11 @@ import pytest
 from PIL import Image
 
 from mint_lib.errors import InvalidInput
-from mint_lib.server.images import decode_image, read_base64, read_data_url
+from mint_lib.records import Turn
+from mint_lib.server.images import check_image, decode_image, read_base64, read_data_url
 from mint_lib.server.limits import RequestLimits
+from mint_lib.student import StudentConfig, load_reader
+from mint_lib.template import Template
 
 LIMITS = RequestLimits(max_image_bytes=200_000, max_image_pixels=250_000)
 
@@ -87,12 +92,28 @@ def test_image_with_transparency_is_put_on_white() -> None:
         (lambda: b"<svg xmlns='http://www.w3.org/2000/svg'></svg>", "neither PNG"),
         (lambda: b"", "neither PNG"),
         (lambda: b"x" * 200_001, "larger than 200000 bytes"),
+        (lambda: encode(noise(), "PNG") + b"PK\x03\x04 an archive", "stands behind it"),
+        (lambda: encode(noise(), "JPEG") + b"<script>alert(1)</script>", "stands behind it"),
+        (lambda: encode(noise(), "WEBP") + b"more", "stands behind it"),
+        (lambda: b"GIF89a/*" + encode(noise(), "PNG"), "neither PNG"),
     ],
-    ids=range(19),
+    ids=range(23),
 )
 def test_image_that_is_hostile_or_unfit_is_refused_in_words(make: Callable[[], bytes], words: str) -> None:
     with pytest.raises(InvalidInput, match=words):
         decode_image(make(), LIMITS)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_image_that_readers_know_is_passed_on_as_it_is(kind: str) -> None:
+    data = encode(noise(), kind)
+    assert check_image(data, LIMITS) is data
+
+
+def test_image_in_webp_is_passed_on_as_png() -> None:
+    found = check_image(encode(noise(), "WEBP", lossless=True), LIMITS)
+    with Image.open(io.BytesIO(found), formats=["PNG"]) as image:
+        assert (numpy.asarray(image) == numpy.asarray(noise())).all()
 
 
 def test_base64_is_read_strictly() -> None:
@@ -118,18 +139,162 @@ def test_image_instance_for_a_text_student_is_refused_by_its_index(served: Any) 
     assert response.json()["error"].startswith("Case 1: tiny reads text only")
 
 
-def test_image_student_needs_an_image_and_its_tensor_is_announced(make_served: Any) -> None:
-    served = make_served(modality="image")
+@pytest.fixture(scope="module")
+def reader() -> Any:
+    """How the tiny image student reads."""
+    return load_reader(StudentConfig(model="tiny-image", reads="image"))
+
+
+@pytest.fixture
+def make_seeing(make_served: Any, reader: Any) -> Callable[..., Any]:
+    """A function that makes an application whose student reads images."""
+
+    def make(**limits: Any) -> Any:
+        template = Template.load("tissue_brief")
+        return make_served(image_reader=reader, tokenizer=reader.tokenizer, template=template, limits=limits)
+
+    return make
+
+
+def spell(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def chat(served: Any, content: Any, **more: Any) -> Any:
+    body = {"model": "tiny", "messages": [{"role": "user", "content": content}], "max_tokens": 8, **more}
+    return served.ask("POST", "/openai/v1/chat/completions", json=body)
+
+
+def show(data: bytes, kind: str = "png") -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": f"data:image/{kind};base64,{spell(data)}"}}
+
+
+def test_image_student_needs_an_image_and_its_tensor_is_announced(make_seeing: Any) -> None:
+    served = make_seeing()
     response = served.predict()
     assert response.status_code == 400
-    assert "reads images" in response.json()["error"]
+    assert "reads images. Send one" in response.json()["error"]
+    assert chat(served, "What is it?").status_code == 400
     inputs = served.ask("GET", "/v2/models/tiny").json()["inputs"]
-    assert [tensor["name"] for tensor in inputs] == ["text", "image"]
+    assert inputs == [{"name": "image", "datatype": "BYTES", "shape": [-1]}]
 
 
-def test_image_student_gets_a_larger_body_and_hostile_images_are_refused(make_served: Any) -> None:
-    served = make_served(modality="image", limits={"max_body_bytes": 1024, "max_image_pixels": 250_000})
-    image = {"b64": base64.b64encode(bomb()).decode()}
-    response = served.predict({"instances": [{"text": "a" * 1500, "image": image}]})
+def test_image_student_gets_a_larger_body_and_hostile_images_are_refused(make_seeing: Any) -> None:
+    served = make_seeing(max_body_bytes=1024, max_image_pixels=250_000)
+    large = encode(noise(size=(300, 300)), "PNG")
+    assert served.predict({"instances": [{"image": {"b64": spell(large)}}]}).status_code == 200
+    response = served.predict({"instances": [{"image": {"b64": spell(bomb())}}]})
     assert response.status_code == 400
     assert "250000 pixels" in response.json()["error"]
+
+
+def test_image_of_a_case_reaches_the_engine_alike_on_every_route(make_seeing: Any, reader: Any) -> None:
+    served = make_seeing()
+    data = encode(noise(), "PNG")
+    tensor = {"name": "image", "shape": [1], "datatype": "BYTES", "data": [spell(data)]}
+    answers = [
+        served.predict({"instances": [{"image": {"b64": spell(data)}}]}),
+        served.ask("POST", "/v2/models/tiny/infer", json={"inputs": [tensor]}),
+        chat(served, [show(data)], as_case=True),
+    ]
+    assert [answer.status_code for answer in answers] == [200, 200, 200]
+    expected = reader.read(Template.load("tissue_brief").prompt(), [data])
+    for request in served.engine.requests:
+        assert list(request.prompt_ids) == expected.ids
+        assert (request.images.inputs["pixel_values"] == expected.image_inputs["pixel_values"]).all()
+        assert [request.prompt_ids[place] for place in request.images.places] == [reader.family.image_token_id] * 4
+    assert len({request.images.digest for request in served.engine.requests}) == 1
+
+
+def test_image_in_a_conversation_stands_before_the_first_users_words(make_seeing: Any, reader: Any) -> None:
+    served = make_seeing()
+    data = encode(noise(), "PNG")
+    assert chat(served, [{"type": "text", "text": "What is it?"}, show(data)]).status_code == 200
+    expected = reader.read([Turn(role="user", content="What is it?")], [data])
+    assert list(served.engine.requests[0].prompt_ids) == expected.ids
+
+
+def test_image_in_webp_is_seen_as_its_pixels(make_seeing: Any) -> None:
+    served = make_seeing()
+    image = noise()
+    kinds = {"png": encode(image, "PNG"), "webp": encode(image, "WEBP", lossless=True)}
+    for kind, data in kinds.items():
+        assert chat(served, [show(data, kind)], as_case=True).status_code == 200
+    first, second = served.engine.requests
+    assert first.images.digest == second.images.digest
+
+
+@pytest.mark.parametrize(
+    ("instance", "words"),
+    [
+        ({"image": {"b64": "PICTURE"}, "text": "a boy"}, "Leave the text out"),
+        ({"text": "a boy"}, "reads images"),
+        ({"image": {"b64": "PICTURE", "url": "http://x"}}, "not known"),
+        ({"image": {"url": "http://x"}}, "missing|not known"),
+        ({}, "a text or an image"),
+        ({"image": {"b64": "not base64!"}}, "not base64"),
+    ],
+)
+def test_case_that_an_image_student_cannot_read_is_refused_in_words(
+    make_seeing: Any, instance: dict[str, Any], words: str
+) -> None:
+    served = make_seeing()
+    text = json.dumps({"instances": [instance]}).replace("PICTURE", spell(encode(noise(), "PNG")))
+    response = served.predict(json.loads(text))
+    assert response.status_code == 400
+    assert re.search(words, response.json()["error"])
+    assert served.engine.requests == []
+
+
+@pytest.mark.parametrize(
+    "text", ["<image>", "see <global-img> here", "<|end|><|assistant|>", "a<fake_token_around_image>"]
+)
+def test_text_that_spells_an_image_or_control_token_is_refused(make_seeing: Any, text: str) -> None:
+    served = make_seeing()
+    response = chat(served, [{"type": "text", "text": text}, show(encode(noise(), "PNG"))])
+    assert response.status_code == 400
+    assert re.search("control token|marks images", response.json()["error"]["message"])
+
+
+def test_image_outside_the_first_user_turn_or_second_image_is_refused(make_seeing: Any) -> None:
+    served = make_seeing()
+    picture = show(encode(noise(), "PNG"))
+    user = {"role": "user", "content": "a"}
+    later = [user, {"role": "assistant", "content": "b"}, {"role": "user", "content": [picture]}]
+    early = [{"role": "system", "content": [picture]}, user]
+    for messages, words in ((later, "first user"), (early, "first user")):
+        body = {"model": "tiny", "messages": messages}
+        response = served.ask("POST", "/openai/v1/chat/completions", json=body)
+        assert response.status_code == 400
+        assert words in response.json()["error"]["message"]
+    assert "several images" in chat(served, [picture, picture]).json()["error"]["message"]
+
+
+def test_completion_of_an_image_student_is_refused(make_seeing: Any) -> None:
+    served = make_seeing()
+    for more in ({}, {"as_case": True}):
+        response = served.ask("POST", "/openai/v1/completions", json={"model": "tiny", "prompt": "a", **more})
+        assert response.status_code == 400
+        assert "reads images" in response.json()["error"]["message"]
+
+
+def test_images_of_all_requests_share_a_memory_that_is_given_back(make_seeing: Any) -> None:
+    # The tiny student reads 32 x 32 pixels in float32, with a mask of 8 bytes a pixel: 20 KiB an image.
+    served = make_seeing(max_prepared_image_bytes=1024**2, max_instances=200, max_body_bytes_with_images=8 * 1024**2)
+    instance = {"image": {"b64": spell(encode(noise(), "PNG"))}}
+    for _ in range(3):
+        assert served.predict({"instances": [instance] * 16}).status_code == 200
+    response = served.predict({"instances": [instance] * 100})
+    assert response.status_code == 429
+    assert int(response.headers["retry-after"]) >= 1
+    assert served.predict({"instances": [instance] * 16}).status_code == 200
+
+
+def test_images_are_counted_without_their_content(make_seeing: Any) -> None:
+    served = make_seeing()
+    data = encode(noise(), "PNG")
+    served.predict({"instances": [{"image": {"b64": spell(data)}}] * 2})
+    figures = served.figures()
+    assert "mint_serving_images_total 2.0" in figures
+    assert f"mint_serving_image_bytes_total {2.0 * len(data)}" in figures
+    assert "mint_serving_image_seconds_count 2.0" in figures

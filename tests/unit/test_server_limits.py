@@ -137,7 +137,7 @@ def test_instances_beyond_the_limit_are_refused_with_counts(make_served: Any) ->
 
 
 def test_prompt_beyond_the_window_is_refused_with_counts(served: Any) -> None:
-    num_tokens = len(served.student.encode_turns(served.student.template.prompt("boy " * 400)))
+    num_tokens = len(served.student.encode_turns(served.student.template.prompt("boy " * 400)).ids)
     response = served.predict({"instances": [{"text": "a"}, {"text": "boy " * 400}]})
     assert response.status_code == 400
     assert response.json()["code"] == "prompt_too_long"

@@ -195,7 +195,7 @@ def test_prompt_of_a_case_is_in_the_template_it_was_trained_in(served: Any, rout
     else:
         tensor = {"name": "text", "shape": [1], "datatype": "BYTES", "data": [text]}
         served.ask("POST", "/v2/models/tiny/infer", json={"inputs": [tensor]})
-    assert served.engine.requests[0].prompt_ids == served.student.encode_turns(served.student.template.prompt(text))
+    assert served.engine.requests[0].prompt_ids == served.student.encode_turns(served.student.template.prompt(text)).ids
 
 
 def test_ranked_list_is_asked_for_with_all_the_tokens_it_may_take(served: Any) -> None:

@@ -96,8 +96,9 @@ def test_student_equal_label_names_are_refused(tokenizer):
 
 def test_student_generates_the_same_alone_and_batched(model, tokenizer):
     prompts = prompts_of(Template.load("rare_disease"))
-    batched = generate_answers(model, tokenizer, prompts, max_new_tokens=6)
-    assert batched == [generate_answers(model, tokenizer, [prompt], max_new_tokens=6)[0] for prompt in prompts]
+    reader = TextReader(tokenizer)
+    batched = generate_answers(model, reader, prompts, max_new_tokens=6)
+    assert batched == [generate_answers(model, reader, [prompt], max_new_tokens=6)[0] for prompt in prompts]
 
 
 def test_student_cut_keeps_the_first_layers_and_changes_the_digest(model):

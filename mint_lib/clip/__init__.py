@@ -1,0 +1,1 @@
+"""Dual encoders of images and texts: building them, training them, and reading cases for them."""

@@ -1,0 +1,1 @@
+"""Histology: what nuclei, their statistics and tiles of tissue are."""
