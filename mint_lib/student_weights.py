@@ -46,7 +46,7 @@ _TINY_IMAGE_CHAT_TEMPLATE = (
     "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|end|>"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-_GRAFT_SEED = 24
+_GRAFT_SEED = 25
 _GRAFT_PIXELS = 128
 _GRAFT_CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"

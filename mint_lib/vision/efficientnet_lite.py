@@ -41,6 +41,9 @@ _READ_STAGES = (2, 3, 4)
 _SQUARE_PIXELS = 32
 _LEAST_VARIANCE = 1e-4
 """Keeps the gradient of the root finite where a square is flat."""
+_GAIN = 3.0
+"""Behind a fresh projector, what differs between images is then as large as what differs between the embeddings of
+SmolLM2's tokens: a deviation of 0.13 in each number, measured on 12 tiles of real nuclei."""
 
 
 class EfficientNetLiteConfig(PreTrainedConfig):
@@ -99,8 +102,7 @@ class EfficientNetLiteModel(PreTrainedModel):
         """`last_hidden_state`, and `hidden_states` with it alone: [B, N, C], the rows of squares one after another.
 
         The means of all channels come before their deviations. Each channel is measured by what the network's own
-        normalisations expect of it, so that all are about as large, and a fresh projector gives vectors about as long
-        as a token's.
+        normalisations expect of it, so that all are about as large.
         """
         x_BCHW = self.stem(pixel_values.to(self.stem.convolution.weight.dtype))
         means, deviations = [], []
@@ -118,7 +120,7 @@ class EfficientNetLiteModel(PreTrainedModel):
                 square_BCHW = torch.nn.functional.avg_pool2d(y_BCHW * y_BCHW, side)
                 means.append(mean_BCHW)
                 deviations.append((square_BCHW - mean_BCHW * mean_BCHW).clamp_min(_LEAST_VARIANCE).sqrt())
-        features_BNC = torch.cat([*means, *deviations], dim=1).flatten(2).transpose(1, 2)
+        features_BNC = _GAIN * torch.cat([*means, *deviations], dim=1).flatten(2).transpose(1, 2)
         return BaseModelOutput(last_hidden_state=features_BNC, hidden_states=(features_BNC,))
 
 
