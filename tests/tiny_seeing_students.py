@@ -71,6 +71,7 @@ def save_student(folder: pathlib.Path, *, num_steps: int, is_blind: bool = False
         )
         model = peft.get_peft_model(load_student(STUDENT), config)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=num_steps)
         order = np.random.default_rng(0).permutation(len(cases))
         blank = draw_square((108, 108, 108), np.random.default_rng(0))
         for start in range(0, len(cases), _BATCH):
@@ -86,6 +87,7 @@ def save_student(folder: pathlib.Path, *, num_steps: int, is_blind: bool = False
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            schedule.step()
     if is_blind:
         # What it still does with an image is chance; without a projector it is nothing.
         for name, weight in model.named_parameters():
