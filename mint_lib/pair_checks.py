@@ -59,6 +59,9 @@ class PairChecker:
         added = tokenizer.added_tokens_decoder
         self._control_ids = {*tokenizer.all_special_ids, *(index for index in added if added[index].special)}
         self._num_control_tokens: int | None = None
+        if template.reads == "text":
+            # The words of the template alone, so that what a case's text adds can be told.
+            self._num_control_tokens = self._count_control_tokens(reader.read(template.prompt("text")).ids)
         seen: dict[tuple[int, ...], str] = {}
         for label in labels:
             other = seen.setdefault(self._encode((label.id,))[1], label.id)
@@ -75,12 +78,39 @@ class PairChecker:
 
         The prompt holds what the template asks about, the case's text or its image, and nothing else of the case.
         """
-        chosen, num_chosen = self._answer(preference.chosen)
-        rejected, num_rejected = self._answer(preference.rejected)
-        question = self.template.question(case)
-        num_prompt = self._fit(question, case, max(num_chosen, num_rejected))
-        if isinstance(num_prompt, str):
-            return num_prompt
+        sides = self._answer(preference.chosen), self._answer(preference.rejected)
+        return self._pair(
+            case, self.template.question(case), sides, preference, teacher_digest=teacher_digest, policy=policy
+        )
+
+    def make_caption_pair(self, case: Case, other: Case, *, policy: str) -> tuple[PreferencePair, PairLengths] | str:
+        """A pair that prefers the text of `case` to that of `other` as a description of its image; no labels."""
+        texts = case.text or "", other.text or ""
+        encoded = [encode_answer(self._tokenizer, text) for text in texts]
+        if any(self._count_control_tokens(ids[:-1]) for ids in encoded):
+            return "control_tokens_in_text"
+        sides = (texts[0], len(encoded[0])), (texts[1], len(encoded[1]))
+        question = self.template.caption_question(case)
+        return self._pair(case, question, sides, Preference((), ()), teacher_digest="", policy=policy)
+
+    def _pair(
+        self,
+        case: Case,
+        question: Question,
+        sides: tuple[tuple[str, int], tuple[str, int]],
+        preference: Preference,
+        *,
+        teacher_digest: str,
+        policy: str,
+    ) -> tuple[PreferencePair, PairLengths] | str:
+        """The pair of both `sides`, each an answer and its number of tokens, or why its prompt is refused."""
+        (chosen, num_chosen), (rejected, num_rejected) = sides
+        prompt_ids = self._reader.read(question.turns, question.images, case_id=case.case_id).ids
+        if self._num_control_tokens not in (None, self._count_control_tokens(prompt_ids)):
+            return "control_tokens_in_text"
+        num_tokens = len(prompt_ids) + max(num_chosen, num_rejected)
+        if self._window_tokens is not None and num_tokens > self._window_tokens:
+            return "longer_than_window"
         pair = PreferencePair(
             case_id=case.case_id,
             prompt=question.turns,
@@ -93,44 +123,7 @@ class PairChecker:
             template_digest=self.template.digest,
             policy=policy,
         )
-        return pair, PairLengths(num_prompt, num_chosen, num_rejected)
-
-    def make_caption_pair(self, case: Case, other: Case, *, policy: str) -> tuple[PreferencePair, PairLengths] | str:
-        """A pair that prefers the text of `case` to that of `other` as a description of its image; no labels."""
-        question = self.template.caption_question(case)
-        chosen, rejected = case.text or "", other.text or ""
-        encoded = [encode_answer(self._tokenizer, text) for text in (chosen, rejected)]
-        if any(self._count_control_tokens(ids[:-1]) for ids in encoded):
-            return "control_tokens_in_text"
-        num_prompt = self._fit(question, case, max(len(ids) for ids in encoded))
-        if isinstance(num_prompt, str):
-            return num_prompt
-        pair = PreferencePair(
-            case_id=case.case_id,
-            prompt=question.turns,
-            images=question.images,
-            chosen=chosen,
-            rejected=rejected,
-            chosen_label_ids=(),
-            rejected_label_ids=(),
-            teacher_digest="",
-            template_digest=self.template.digest,
-            policy=policy,
-        )
-        return pair, PairLengths(num_prompt, *(len(ids) for ids in encoded))
-
-    def _fit(self, question: Question, case: Case, num_answer: int) -> int | str:
-        """Tokens of the prompt, or why it is refused beside an answer of `num_answer` tokens."""
-        # The words of the template alone, so that what a case's text adds can be told.
-        if self._num_control_tokens is None and self.template.reads == "text":
-            plain = self._reader.read(self.template.prompt("text"))
-            self._num_control_tokens = self._count_control_tokens(plain.ids)
-        num_prompt = len(ids := self._reader.read(question.turns, question.images, case_id=case.case_id).ids)
-        if self._num_control_tokens is not None and self._count_control_tokens(ids) != self._num_control_tokens:
-            return "control_tokens_in_text"
-        if self._window_tokens is not None and num_prompt + num_answer > self._window_tokens:
-            return "longer_than_window"
-        return num_prompt
+        return pair, PairLengths(len(prompt_ids), num_chosen, num_rejected)
 
     def _answer(self, label_ids: tuple[str, ...]) -> tuple[str, int]:
         """A checked answer and its number of tokens."""

@@ -147,7 +147,8 @@ class Validation:
         is_good = numpy.isfinite(scores).all(axis=1)
         if is_good.all() and bool(chosen_P.isfinite().all()) and bool(rejected_P.isfinite().all()):
             return
-        bad = [case_id for case_id, good in zip(self._case_ids, is_good, strict=False) if not good]
+        ranked = self._case_ids if self._teacher_columns else []
+        bad = [case_id for case_id, good in zip(ranked, is_good, strict=True) if not good]
         raise RefusedData(
             "Validation gave numbers that are not finite; no version was written. Cases: "
             f"{', '.join(bad[:_SHOWN_CASE_IDS]) or 'some pairs'}. Lower learning_rate, or look at these cases.",

