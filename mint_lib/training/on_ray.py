@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 _POLL_SECONDS = 0.5
+_WORKER_ENVIRONMENT = {"MALLOC_ARENA_MAX": "1"}
+"""Ray trains in a thread beside the main one; glibc gives such a thread memory of its own, in which a step on CPUs took
+a quarter more time (2 cores, glibc 2.36)."""
 STOP_GRACE_SECONDS = 25.0
 """How long workers that are told to stop may take for a step and a checkpoint; Kubernetes kills after 30 by default."""
 
@@ -147,6 +150,7 @@ def train_on_ray(
                 storage_path=str(pathlib.PurePosixPath(store.runs_path(run_id)).parent),
                 storage_filesystem=store.arrow_filesystem(),
                 failure_config=FailureConfig(max_failures=resources.max_failures),
+                worker_runtime_env={"env_vars": _WORKER_ENVIRONMENT},
             ),
         )
         with _follow(told, description), _pass_on_sigterm(stops):

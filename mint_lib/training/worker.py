@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from mint_lib.store import Store
 
 _LOGS_PER_VALIDATION = 5
+_PROCESS_GROUP_VARIABLES = ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "RANK", "WORLD_SIZE")
 _SCRATCH_PREFIX = "mint-training-"
 OUTCOME = "outcome.json"
 """Only the checkpoint of a finished run holds it."""
@@ -111,6 +112,8 @@ def _train(payload: dict[str, Any], folder: pathlib.Path) -> None:
     transformers.utils.logging.set_verbosity_error()
     if config.deepspeed is not None:
         restrict_checkpoint_loading()
+    elif num_workers == 1:
+        train_alone()
     started = folder / "started"
     attempt, resumed, is_stop_asked = agree_on_start(store, payload["run_id"], started, driver, rank=rank)
     if is_stop_asked:
@@ -203,6 +206,12 @@ def _train(payload: dict[str, Any], folder: pathlib.Path) -> None:
             if writer.num_failed:
                 driver.say(f"{writer.num_failed} checkpoints could not be written to the store; the result is whole")
         writer.save(trainer.state.max_steps + 1, result, wait=True)
+
+
+def train_alone() -> None:
+    """Hide from the trainer that Ray made a process group of one: it would wrap the model to share its gradients."""
+    for name in _PROCESS_GROUP_VARIABLES:
+        os.environ.pop(name, None)
 
 
 def agree_on_start(
