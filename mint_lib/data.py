@@ -1,7 +1,7 @@
 """Stage data: rows of a source become cases, split by patient, that the other stages can trust.
 
 Goes in: a `DataConfig`, which names a plug-in of `mint_lib/data_sources`. Comes out: a version of kind `cases` with
-`train.parquet`, `validation.parquet`, `test.parquet` (rows of `Case`) and `labels.json`. Every row is validated and
+the tables `train`, `validation`, `test` (rows of `Case`) and `labels.json`. Every row is validated and
 refusals are counted by cause; patients and identical contents never stand in two splits, unless the recipe asks for a
 split by image, which the record calls a leak. Knows no source by name.
 """
@@ -16,11 +16,12 @@ import warnings
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 
-from mint_lib.errors import RefusedData
+from mint_lib.additions import KnownCases, limit_labels, place_additions
+from mint_lib.errors import InvalidInput, RefusedData
 from mint_lib.plugins import load_plugin, parse_plugin_config
 from mint_lib.records import SPLITS, Case, Finding, Label, Name, Reference, Split, StageRecord, code_version
 from mint_lib.rows import case_schema
@@ -62,6 +63,9 @@ class DataConfig(SourceConfig):
 
     name: Name
     """Name of the version written."""
+    batch: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")] | None = None
+    """Name of this delivery, which its cases keep as the attribute `batch`: reports of the gate name it. None: a case
+    that has no such attribute belongs to the batch of its source."""
     seed: int = Field(ge=0, lt=2**32)
     """Seed of simulation, wording and split."""
     test_source: SourceConfig | None = None
@@ -162,17 +166,23 @@ def digest_sources(config: DataConfig) -> str:
     return "sha256:" + hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
-def prepare_cases(config: DataConfig, *, store: "Store") -> Reference:
+def prepare_cases(config: DataConfig, *, store: "Store", base: Reference | None = None) -> Reference:
     """Read, validate, split and write the cases of a recipe.
 
+    With `base`, an earlier version of the same name, the cases of the source are added to it: its shards are taken over
+    as they are, its label set stays, and who is in one of its splits stays there.
+
     Raises:
-        RefusedData: a source is empty, too many of its rows are bad, or splits share a patient or a content.
+        RefusedData: a source is empty, too many of its rows are bad, splits share a patient or a content, or nothing
+            is new.
+        InvalidInput: the base is not one of cases of this name, or was split in another way.
         RecipeError: a source does not exist or its config is not valid.
     """
     import numpy as np
 
-    source = open_source(config)
-    labels = source.labels()
+    labels = None if base is None else read_labels(store, base)
+    source = open_source(config, wanted=labels and tuple(labels))
+    labels = labels or source.labels()
     check_labels(labels, config.source)
     counts: collections.Counter[str] = collections.Counter()
     rows = collect_rows(source, config, labels, np.random.default_rng([config.seed, 1]), counts)
@@ -187,45 +197,118 @@ def prepare_cases(config: DataConfig, *, store: "Store") -> Reference:
     sources = [item for item in (source, test_source) if item is not None]
     contents: tuple[Content, ...] = ("image",) if any(item.describes_images for item in sources) else ("text", "image")
     rng = np.random.default_rng([config.seed, 3])
-    splits = split_cases(
-        rows,
-        config.split,
-        by=config.split_by,
-        contents=contents,
-        has_own_test=config.test_source is not None,
-        rng=rng,
-        counts=counts,
-    )
-    splits["test"] += test_cases
-    prove_disjoint(splits, by=config.split_by, contents=contents)
-    for split in SPLITS:
-        if not splits[split]:
-            raise RefusedData(
-                f"The {split} split is empty: {len(rows)} cases were read. Read more patients per label, or give "
-                f"data.split.{split} a larger weight."
-            )
-    splits["train"] = withhold_labels(splits["train"], config.labelled_per_label, rng=rng)
+    if base is None:
+        splits = split_cases(
+            rows,
+            config.split,
+            by=config.split_by,
+            contents=contents,
+            has_own_test=config.test_source is not None,
+            rng=rng,
+            counts=counts,
+        )
+        splits["test"] += test_cases
+        prove_disjoint(splits, by=config.split_by, contents=contents)
+        for split in SPLITS:
+            if not splits[split]:
+                raise RefusedData(
+                    f"The {split} split is empty: {len(rows)} cases were read. Read more patients per label, or give "
+                    f"data.split.{split} a larger weight."
+                )
+        splits["train"] = withhold_labels(splits["train"], config.labelled_per_label, rng=rng)
+    else:
+        splits = _add_to_base(rows, config, store=store, base=base, contents=contents, rng=rng, counts=counts)
     counts.update(_count_splits(splits))
     notes = [note for item in sources for note in item.notes()] + _describe_origin(splits)
     if config.split_by == "image":
         notes.insert(0, describe_leak(splits, knows_patients=source.knows_patients))
-    with store.write("cases", config.name) as version:
+    inputs = {f"source/{index}": item.digest() for index, item in enumerate(sources)}
+    if base is not None:
+        counts = _add_counts(counts, store.record(base).counts)
+        notes = list(dict.fromkeys([*store.record(base).notes, *notes]))
+        inputs["base"] = str(base)
+    with store.write("cases", config.name, base=base) as version:
         for split in SPLITS:
-            version.add_rows(f"{split}.parquet", splits[split], case_schema())
+            if base is not None:
+                version.carry_table(split)
+            if splits[split] or base is None:
+                version.add_rows(split, splits[split], case_schema())
         version.add_json("labels.json", [label.model_dump(mode="json") for label in labels])
         reference: Reference = version.commit(
             StageRecord(
                 stage="data",
                 config=config.model_dump(mode="json"),
-                inputs={f"source/{index}": item.digest() for index, item in enumerate(sources)},
+                inputs=inputs,
                 code_version=code_version(),
                 counts=dict(sorted(counts.items())),
                 notes=tuple(notes),
             )
         )
     sizes = ", ".join(f"{len(splits[split])} {split}" for split in SPLITS)
-    logger.info("data: %s cases of %d labels, written as %s", sizes, len(labels), reference)
+    verb = "written" if base is None else f"added to {base.version}"
+    logger.info("data: %s cases of %d labels, %s as %s", sizes, len(labels), verb, reference)
     return reference
+
+
+def read_labels(store: "Store", cases: Reference) -> list[Label]:
+    """The label set of a version."""
+    return TypeAdapter(list[Label]).validate_python(store.read_json(cases, "labels.json"))
+
+
+def _add_to_base(
+    rows: list[tuple[Case, Split | None]],
+    config: DataConfig,
+    *,
+    store: "Store",
+    base: Reference,
+    contents: tuple[Content, ...],
+    rng: "np.random.Generator",
+    counts: collections.Counter[str],
+) -> dict[Split, list[Case]]:
+    """The new cases among `rows` by split. Raises RefusedData where too many do not fit the base, or none is new."""
+    before = store.record(base).config
+    if before.get("split_by", config.split_by) != config.split_by:
+        raise InvalidInput(
+            f"{base} was split by {before['split_by']} and data.split_by is {config.split_by}. Add cases as "
+            "the version was split."
+        )
+    known = KnownCases(by=config.split_by, contents=contents)
+    for split in SPLITS:
+        for case in store.iterate_rows(base, split, Case):
+            known.add(case, split)
+    already_labelled = known.count_labelled()
+    splits, refused = place_additions(
+        known, rows, config.split, by=config.split_by, contents=contents, rng=rng, counts=counts
+    )
+    num_refused = sum(map(len, refused.values()))
+    by_cause = {cause: len(ids) for cause, ids in sorted(refused.items())}
+    if num_refused > config.max_refused_share * len(rows):
+        raise RefusedData(
+            f"{num_refused} of {len(rows)} cases do not fit {base}: {describe_case_ids(refused)}. "
+            f"data.max_refused_share = {config.max_refused_share:g} allows "
+            f"{int(config.max_refused_share * len(rows))}. Give new cases ids of their own and leave patients in one "
+            "split, or allow a larger share.",
+            by_cause,
+            refused,
+        )
+    counts.update({f"refused/{cause}": number for cause, number in by_cause.items()})
+    if not any(splits.values()):
+        raise RefusedData(
+            f"None of the {len(rows)} cases is new: {base} holds them already, or they were refused. Nothing was "
+            "written.",
+            by_cause | {"already there": counts["already there"]},
+        )
+    prove_disjoint(splits, by=config.split_by, contents=contents)
+    splits["train"] = limit_labels(splits["train"], config.labelled_per_label, known=already_labelled)
+    return splits
+
+
+def _add_counts(added: Mapping[str, int], before: Mapping[str, int]) -> collections.Counter[str]:
+    """Counts of the whole version, and what this addition brought as `added/...`."""
+    total = collections.Counter({key: count for key, count in before.items() if not key.startswith("added/")})
+    total.update({key: count for key, count in added.items() if key.partition("/")[0] in SPLITS})
+    total.update({f"added/{key}": count for key, count in added.items()})
+    return total
 
 
 def check_labels(labels: list[Label], source_name: str) -> None:
@@ -318,7 +401,7 @@ def validate_row(row: Row, config: DataConfig, *, label_ids: set[str], seen: set
             image=row.image,
             findings=row.findings,
             label_id=row.label_id,
-            attributes=dict(row.attributes),
+            attributes=({"batch": config.batch} if config.batch else {}) | dict(row.attributes),
             source=row.source,
             synthetic=row.synthetic,
         )

@@ -88,7 +88,7 @@ def evaluate_students(
     logger.info("evaluation: %d cases, %d students", len(material.cases), len(students))
     answers = {TEACHER: task.adopt(material.teacher, system=TEACHER)}
     for name, reference in baselines.items():
-        ranked = {ranking.case_id: ranking for ranking in store.read_rows(reference, "test.parquet", Ranking)}
+        ranked = {ranking.case_id: ranking for ranking in store.read_rows(reference, "test", Ranking)}
         check_rankings(material, ranked, where=str(reference))
         answers[name] = task.adopt(ranked, system=name)
     answers |= task.guess()
@@ -144,7 +144,7 @@ def evaluate_students(
     with store.write("report", config.name) as version:
         version.add_bytes("report.html", render_report(report, exhibits).encode())
         version.add_json("report.json", report.model_dump(mode="json"))
-        version.add_rows("predictions.parquet", [row for rows in answers.values() for row in rows], prediction_schema())
+        version.add_rows("predictions", [row for rows in answers.values() for row in rows], prediction_schema())
         if main.calibration is not None:
             version.add_json("calibration.json", main.calibration.model_dump(mode="json"))
         return version.commit(
@@ -215,7 +215,7 @@ def calibrate_main(
         return None
     template = Template.from_bytes(store.read_bytes(student, "template.yaml"))
     drawn = draw_validation_cases(
-        store.read_rows(cases, "validation.parquet", Case),
+        store.read_rows(cases, "validation", Case),
         material.labels,
         template,
         reader,

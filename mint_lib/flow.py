@@ -20,7 +20,7 @@ class Step(NamedTuple):
     stage: str
     config: BaseModel
     inputs: Mapping[str, str | Mapping[str, str]]
-    """Input name to the id of the step that makes it, or to a map of names to such ids."""
+    """Input name to the id of the step that makes it or a full reference, or to a map of names to such ids."""
 
     @property
     def name(self) -> str:
@@ -28,13 +28,21 @@ class Step(NamedTuple):
         return str(self.config.model_dump()["name"])
 
 
+def is_step(source: str) -> bool:
+    """An input's source is the id of a step, and not a reference."""
+    return "#" not in source
+
+
 def list_steps(recipe: Recipe) -> list[Step]:
     """The steps of `recipe`, each after all of its inputs."""
     steps: dict[str, Step] = {}
     seeds = recipe.student_seeds or (None,)
     add = _StepAdder(recipe, steps)
-    cases = add("data", "", {}, {})
-    rankings = add("teacher", "", {}, {"cases": cases})
+    retrain = recipe.retrain
+    cases = retrain.cases if retrain else add("data", "", {}, {})
+    earlier = {"previous": retrain.rankings} if retrain and retrain.rankings else {}
+    rankings = add("teacher", "", {}, {"cases": cases} | earlier)
+    earlier_pairs = {"previous": retrain.preferences} if retrain and retrain.preferences else {}
     baselines = {name: add("teacher", name, changes, {"cases": cases}) for name, changes in recipe.baselines.items()}
     students: dict[str, str] = {}
     captioned = _add_captioning(add, recipe, cases, rankings)
@@ -44,11 +52,12 @@ def list_steps(recipe: Recipe) -> list[Step]:
         for seed in seeds:
             suffix = f"{arm_name}-seed-{seed}" if seed is not None else arm_name
             seeded: dict[str, Any] = {"seed": seed} if seed is not None else {}
+            own = suffix if (arm.teacher or arm.preferences) else (f"seed-{seed}" if seed is not None else "")
             pairs = add(
                 "preferences",
-                suffix if (arm.teacher or arm.preferences) else (f"seed-{seed}" if seed is not None else ""),
+                own,
                 arm.preferences | seeded,
-                {"cases": cases, "rankings": arm_rankings},
+                {"cases": cases, "rankings": arm_rankings} | ({} if own else earlier_pairs),
             )
             main_preferences = main_preferences or pairs
             start = {"start": captioned} if captioned and arm.captioning else {}

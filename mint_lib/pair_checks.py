@@ -5,8 +5,9 @@ Goes in: the student's reader, the template, the label set, a case and the label
 not know how the labels of a side were drawn.
 """
 
+import array
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -18,6 +19,8 @@ from mint_lib.template import Question, Template
 
 if TYPE_CHECKING:
     from mint_lib.reading import Reader
+
+_TRUTH_COUNTS = ("num_pairs_without_diagnosis", "num_chosen_with_diagnosis", "num_rejected_with_diagnosis")
 
 
 class Preference(NamedTuple):
@@ -83,9 +86,9 @@ class PairChecker:
             case, self.template.question(case), sides, preference, teacher_digest=teacher_digest, policy=policy
         )
 
-    def make_caption_pair(self, case: Case, other: Case, *, policy: str) -> tuple[PreferencePair, PairLengths] | str:
-        """A pair that prefers the text of `case` to that of `other` as a description of its image; no labels."""
-        texts = case.text or "", other.text or ""
+    def make_caption_pair(self, case: Case, other: str, *, policy: str) -> tuple[PreferencePair, PairLengths] | str:
+        """A pair that prefers the text of `case` to `other`, another case's, as what its image shows."""
+        texts = case.text or "", other
         encoded = [encode_answer(self._tokenizer, text) for text in texts]
         if any(self._count_control_tokens(ids[:-1]) for ids in encoded):
             return "control_tokens_in_text"
@@ -151,35 +154,54 @@ class PairChecker:
         return sum(index in self._control_ids for index in ids)
 
 
-def describe_pairs(
-    pairs: Sequence[PreferencePair], lengths: Sequence[PairLengths], truth_of: Mapping[str, str | None]
-) -> dict[str, Any]:
-    """Counts, class balance and lengths in tokens of at least one pair.
+class PairStatistics:
+    """Counts, class balance and lengths in tokens of pairs, which are added one by one; 12 bytes of each are held."""
 
-    Args:
-        pairs: the pairs of one split.
-        lengths: their lengths, in the same order.
-        truth_of: case id to the id of its diagnosis, where one is known.
-    """
-    prompt, chosen, rejected = np.array(lengths).T
-    return {
-        "num_pairs": len(pairs),
-        "num_paired_cases": len({pair.case_id for pair in pairs}),
-        "num_pairs_without_diagnosis": sum(truth_of[pair.case_id] is None for pair in pairs),
-        "num_chosen_with_diagnosis": sum(truth_of[pair.case_id] in pair.chosen_label_ids for pair in pairs),
-        "num_rejected_with_diagnosis": sum(truth_of[pair.case_id] in pair.rejected_label_ids for pair in pairs),
-        "first_chosen_label": _count(pair.chosen_label_ids[0] for pair in pairs if pair.chosen_label_ids),
-        "rejected_labels": _count(label_id for pair in pairs for label_id in pair.rejected_label_ids),
-        "prompt_tokens": _summarise(prompt),
-        "chosen_tokens": _summarise(chosen),
-        "rejected_tokens": _summarise(rejected),
-        "chosen_minus_rejected_tokens": _summarise(chosen - rejected),
-        "share_chosen_longer": float(np.mean(chosen > rejected)),
-    }
+    def __init__(self) -> None:
+        self.num_pairs = 0
+        self._lengths = array.array("i")
+        self._counts = dict.fromkeys(("num_paired_cases", *_TRUTH_COUNTS), 0)
+        self._first_chosen: Counter[str] = Counter()
+        self._rejected: Counter[str] = Counter()
+        self._last_case_id: str | None = None
 
+    def add(self, pair: PreferencePair, lengths: PairLengths, *, truth: str | None) -> None:
+        """Take note of a pair; those of one case come one after another.
 
-def _count(label_ids: Iterable[str]) -> dict[str, int]:
-    return dict(sorted(Counter(label_ids).items()))
+        Args:
+            pair: the pair.
+            lengths: its lengths.
+            truth: the label id of its case, where one is known.
+        """
+        self.num_pairs += 1
+        self._lengths.extend(lengths)
+        self._counts["num_paired_cases"] += pair.case_id != self._last_case_id
+        self._last_case_id = pair.case_id
+        self._counts["num_pairs_without_diagnosis"] += truth is None
+        self._counts["num_chosen_with_diagnosis"] += truth in pair.chosen_label_ids
+        self._counts["num_rejected_with_diagnosis"] += truth in pair.rejected_label_ids
+        self._first_chosen.update(pair.chosen_label_ids[:1])
+        self._rejected.update(pair.rejected_label_ids)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of prompt, chosen and rejected answer, `[pair, 3]`."""
+        return np.array(self._lengths, dtype=np.int32).reshape(-1, 3)
+
+    def describe(self) -> dict[str, Any]:
+        """Everything that is known of at least one pair."""
+        prompt, chosen, rejected = self.lengths.T
+        return {
+            "num_pairs": self.num_pairs,
+            **self._counts,
+            "first_chosen_label": dict(sorted(self._first_chosen.items())),
+            "rejected_labels": dict(sorted(self._rejected.items())),
+            "prompt_tokens": _summarise(prompt),
+            "chosen_tokens": _summarise(chosen),
+            "rejected_tokens": _summarise(rejected),
+            "chosen_minus_rejected_tokens": _summarise(chosen - rejected),
+            "share_chosen_longer": float(np.mean(chosen > rejected)),
+        }
 
 
 def _summarise(lengths: np.ndarray) -> dict[str, float]:

@@ -10,18 +10,20 @@ anything is written. Test cases are not read.
 import hashlib
 import logging
 import math
+import pathlib
+import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
 from mint_lib.errors import InvalidInput, PromptTooLong, RefusedData
-from mint_lib.pair_checks import PairChecker, PairLengths, Preference, describe_pairs
+from mint_lib.pair_checks import PairChecker, PairStatistics, Preference
 from mint_lib.progress import track_progress
 from mint_lib.records import Case, Label, Name, PreferencePair, Ranking, Reference, Split, StageRecord, code_version
-from mint_lib.rows import pair_schema
+from mint_lib.rows import pair_schema, write_shards
 from mint_lib.student import StudentConfig, load_reader
 from mint_lib.template import Template, normalise_name
 
@@ -89,14 +91,25 @@ class PreferencesConfig(BaseModel):
         return self
 
 
-def build_pairs(config: PreferencesConfig, *, store: "Store", cases: Reference, rankings: Reference) -> Reference:
+def build_pairs(
+    config: PreferencesConfig,
+    *,
+    store: "Store",
+    cases: Reference,
+    rankings: Reference,
+    previous: Reference | None = None,
+) -> Reference:
     """A version of `preferences` made from `cases` and their `rankings`. The same inputs give the same digest.
+
+    With `previous`, an earlier version of these pairs, the gate compares with it, and shards that are the same are not
+    stored again.
 
     Raises:
         InvalidInput: k + q exceeds the label set, the label set cannot be told apart, or the rankings belong to
             another label set.
         RefusedData: too many cases break a rule, or none is left; carries counts by cause and case ids.
         PromptTooLong: the only rule broken is that prompt and answer must fit the student's window.
+        GateFailed: the gate refused the pairs; they and its report lie in a version of `quarantine`.
     """
     labels = TypeAdapter(list[Label]).validate_python(store.read_json(cases, "labels.json"))
     template = Template.load(config.template).with_num_answers(config.top_k).with_label_names(labels)
@@ -105,29 +118,36 @@ def build_pairs(config: PreferencesConfig, *, store: "Store", cases: Reference, 
     student = config.student
     window_tokens = student.window_tokens if student.over_long == "refuse" else None
     checker = PairChecker(load_reader(student), template, labels, window_tokens)
-    pairs: dict[Split, list[PreferencePair]] = {}
-    checks: dict[str, Any] = {}
-    for split in _PAIRED_SPLITS:
-        rows = store.read_rows(cases, f"{split}.parquet", Case)
-        ranked = store.read_rows(rankings, f"{split}.parquet", Ranking)
-        pairs[split], checks[split] = pair_split(rows, ranked, labels, config, checker, split)
-    counts = _flatten_counts(checks)
-    logger.info("preferences: %d train and %d validation pairs", len(pairs["train"]), len(pairs["validation"]))
-    with store.write("preferences", config.name) as version:
+    facts = {split: SplitFacts() for split in _PAIRED_SPLITS}
+    with tempfile.TemporaryDirectory(prefix="mint-pairs-") as scratch:
+        shards: dict[Split, list[pathlib.Path]] = {}
         for split in _PAIRED_SPLITS:
-            version.add_rows(f"{split}.parquet", pairs[split], pair_schema())
-        version.add_json("labels.json", [label.model_dump(mode="json") for label in labels])
-        version.add_bytes("template.yaml", template.data)
-        version.add_json("checks.json", {"policy": describe_policy(config), "num_labels": len(labels), **checks})
-        return version.commit(
-            StageRecord(
-                stage="preferences",
-                config=config.model_dump(mode="json"),
-                inputs={"cases": str(cases), "rankings": str(rankings)},
-                code_version=code_version(),
-                counts=counts,
+            rows = store.open_rows(cases, split, Case)
+            ranked = store.open_rows(rankings, split, Ranking)
+            pairs = pair_split(rows, ranked, labels, config, checker, split, facts[split])
+            folder = pathlib.Path(scratch) / split
+            folder.mkdir()
+            shards[split] = list(write_shards(pairs, pair_schema(), folder))
+        checks = {split: found.describe() for split, found in facts.items()}
+        sizes = " and ".join(f"{found.statistics.num_pairs} {split}" for split, found in facts.items())
+        logger.info("preferences: %s pairs", sizes)
+        base = previous if previous is not None and previous.name == config.name else None
+        with store.write("preferences", config.name, base=base) as version:
+            for split in _PAIRED_SPLITS:
+                version.add_shards(split, shards[split])
+            version.add_json("labels.json", [label.model_dump(mode="json") for label in labels])
+            version.add_bytes("template.yaml", template.data)
+            version.add_json("checks.json", {"policy": describe_policy(config), "num_labels": len(labels), **checks})
+            return version.commit(
+                StageRecord(
+                    stage="preferences",
+                    config=config.model_dump(mode="json"),
+                    inputs={"cases": str(cases), "rankings": str(rankings)}
+                    | ({"previous": str(previous)} if previous else {}),
+                    code_version=code_version(),
+                    counts=_flatten_counts(checks),
+                )
             )
-        )
 
 
 def check_template(template: Template, config: PreferencesConfig) -> None:
@@ -168,47 +188,75 @@ def check_label_set(labels: Sequence[Label], config: PreferencesConfig) -> None:
             )
 
 
+class SplitFacts:
+    """What is found while the pairs of one split are made."""
+
+    def __init__(self) -> None:
+        self.num_cases = 0
+        self.dropped: Counter[str] = Counter()
+        self.refused: dict[str, list[str]] = {}
+        """Cause to case ids."""
+        self.statistics = PairStatistics()
+
+    def describe(self) -> dict[str, Any]:
+        """What `checks.json` says of the split."""
+        return {
+            "num_cases": self.num_cases,
+            "dropped": {cause: count for cause, count in sorted(self.dropped.items()) if count},
+            "refused": self.count_refused(),
+            "refused_case_ids": {cause: ids[:_SHOWN_CASE_IDS] for cause, ids in sorted(self.refused.items())},
+            **self.statistics.describe(),
+        }
+
+    def count_refused(self) -> dict[str, int]:
+        """Cause to number of cases."""
+        return {cause: len(case_ids) for cause, case_ids in sorted(self.refused.items())}
+
+
 def pair_split(
-    cases: Sequence[Case],
-    rankings: Sequence[Ranking],
+    cases: Iterable[Case],
+    rankings: Iterable[Ranking],
     labels: Sequence[Label],
     config: PreferencesConfig,
     checker: PairChecker,
     split: Split,
-) -> tuple[list[PreferencePair], dict[str, Any]]:
-    """The pairs of one split, and what `checks.json` says of it. Raises as `build_pairs` does."""
-    ranking_of = _rankings_by_case(cases, rankings, labels, split)
-    eligible, dropped = _select_cases(cases, ranking_of, config, split, checker.template)
-    used = _shuffle(ranking_of, eligible, config, split) if config.control == "shuffled_teacher" else ranking_of
-    others = _deal_others(eligible, config, split) if config.pairs == "captions" else {}
-    pairs: list[PreferencePair] = []
-    lengths: list[PairLengths] = []
-    refused: dict[str, list[str]] = {}
-    for case in track_progress(eligible, f"preferences: {split}", total=len(eligible)):
+    facts: SplitFacts,
+) -> Iterator[PreferencePair]:
+    """The pairs of one split, one after another; `facts` is complete at the end.
+
+    Cases and rankings are read twice and not held, but for the rankings of `shuffled_teacher` and the texts of
+    captions, which go to other cases. Raises as `build_pairs` does.
+    """
+    selected = _select_cases(cases, rankings, labels, config, split, checker.template, facts)
+    num_selected = int(selected.sum())
+    chosen = (pair for pair, keep in zip(_match(cases, rankings), selected, strict=True) if keep)
+    shuffled: dict[str, Ranking] = {}
+    texts: list[str] = []
+    if config.control == "shuffled_teacher":
+        shuffled = _shuffle([ranking for _, ranking in chosen], config, split)
+    elif config.pairs == "captions":
+        texts = _read_captions([case for case, _ in chosen], split)
+    policy = describe_policy(config)
+    chosen = (pair for pair, keep in zip(_match(cases, rankings), selected, strict=True) if keep)
+    for case, ranking in track_progress(chosen, f"preferences: {split}", total=num_selected):
         if config.pairs == "captions":
-            made = [checker.make_caption_pair(case, others[case.case_id], policy=describe_policy(config))]
+            made = [checker.make_caption_pair(case, _draw_other(case, texts, config), policy=policy)]
         else:
-            preferences = draw_preferences(case, used[case.case_id], config)
+            used = shuffled.get(case.case_id, ranking)
+            preferences = draw_preferences(case, used, config)
             if isinstance(preferences, str):
-                dropped[preferences] += 1
+                facts.dropped[preferences] += 1
                 continue
-            digest, policy = used[case.case_id].teacher_digest, describe_policy(config)
+            digest = used.teacher_digest
             made = [checker.make_pair(case, item, teacher_digest=digest, policy=policy) for item in preferences]
         causes = [cause for cause in made if isinstance(cause, str)]
         if causes:
-            refused.setdefault(causes[0], []).append(case.case_id)
+            facts.refused.setdefault(causes[0], []).append(case.case_id)
             continue
         for pair, length in (item for item in made if not isinstance(item, str)):
-            pairs.append(pair)
-            lengths.append(length)
-    _refuse_bad_set(refused, dropped, len(eligible), bool(pairs), config, split)
-    return pairs, {
-        "num_cases": len(cases),
-        "dropped": {cause: count for cause, count in sorted(dropped.items()) if count},
-        "refused": {cause: len(case_ids) for cause, case_ids in sorted(refused.items())},
-        "refused_case_ids": {cause: case_ids[:_SHOWN_CASE_IDS] for cause, case_ids in sorted(refused.items())},
-        **describe_pairs(pairs, lengths, {case.case_id: case.label_id for case in cases}),
-    }
+            facts.statistics.add(pair, length, truth=case.label_id)
+            yield pair
+    _refuse_bad_set(facts, num_selected, config, split)
 
 
 def draw_preferences(case: Case, ranking: Ranking, config: PreferencesConfig) -> list[Preference] | str:
@@ -254,15 +302,48 @@ def _case_rng(seed: int, case_id: str) -> np.random.Generator:
     return np.random.default_rng([seed, int.from_bytes(hashlib.sha256(case_id.encode()).digest()[:8])])
 
 
-def _rankings_by_case(
-    cases: Sequence[Case], rankings: Sequence[Ranking], labels: Sequence[Label], split: Split
-) -> Mapping[str, Ranking]:
-    """Every case's ranking, after checking that it ranks exactly the label set."""
-    by_case = {ranking.case_id: ranking for ranking in rankings}
+def _match(cases: Iterable[Case], rankings: Iterable[Ranking]) -> Iterator[tuple[Case, Ranking | None]]:
+    """Every case with its ranking, or None. Where both stand in one order, one ranking is held at a time."""
+    waiting: dict[str, Ranking] = {}
+    rest = iter(rankings)
+    for case in cases:
+        while case.case_id not in waiting:
+            ranking = next(rest, None)
+            if ranking is None:
+                break
+            waiting[ranking.case_id] = ranking
+        yield case, waiting.pop(case.case_id, None)
+
+
+def _select_cases(
+    cases: Iterable[Case],
+    rankings: Iterable[Ranking],
+    labels: Sequence[Label],
+    config: PreferencesConfig,
+    split: Split,
+    template: Template,
+    facts: SplitFacts,
+) -> "np.ndarray":
+    """Which cases may give pairs, as booleans in their order, after checking that each is ranked over the label set."""
     label_ids = {label.id for label in labels}
-    without = [case.case_id for case in cases if case.case_id not in by_case]
-    ranked = [case.case_id for case in cases if case.case_id in by_case]
-    foreign = [case_id for case_id in ranked if set(by_case[case_id].label_ids) != label_ids]
+    selected: list[bool] = []
+    without: list[str] = []
+    foreign: list[str] = []
+    for case, ranking in _match(cases, rankings):
+        facts.num_cases += 1
+        selected.append(False)
+        if ranking is None:
+            without.append(case.case_id)
+        elif set(ranking.label_ids) != label_ids:
+            foreign.append(case.case_id)
+        elif not template.can_ask(case):
+            facts.dropped[f"no_{template.reads}"] += 1
+        elif config.pairs == "captions" and not (case.text and case.text.strip()):
+            facts.dropped["no_caption"] += 1
+        elif ranking.probabilities[0] < config.confidence_floor:
+            facts.dropped["below_confidence_floor"] += 1
+        else:
+            selected[-1] = True
     if without or foreign:
         raise RefusedData(
             f"{split}: {len(without)} cases have no ranking and {len(foreign)} are ranked over other labels. Rankings "
@@ -270,70 +351,46 @@ def _rankings_by_case(
             {"no_ranking": len(without), "other_labels": len(foreign)},
             {"no_ranking": without[:_SHOWN_CASE_IDS], "other_labels": foreign[:_SHOWN_CASE_IDS]},
         )
-    return by_case
-
-
-def _select_cases(
-    cases: Sequence[Case],
-    ranking_of: Mapping[str, Ranking],
-    config: PreferencesConfig,
-    split: Split,
-    template: Template,
-) -> tuple[list[Case], Counter[str]]:
-    """Cases that may give pairs, in their order, and how many may not, by cause."""
-    dropped: Counter[str] = Counter()
-    kept = [case for case in cases if template.can_ask(case)]
-    dropped[f"no_{template.reads}"] = len(cases) - len(kept)
-    if config.pairs == "captions":
-        described = [case for case in kept if case.text and case.text.strip()]
-        dropped["no_caption"] = len(kept) - len(described)
-        kept = described
-    sure = [case for case in kept if ranking_of[case.case_id].probabilities[0] >= config.confidence_floor]
-    dropped["below_confidence_floor"] = len(kept) - len(sure)
+    kept = np.array(selected, dtype=bool)
     limit = config.max_train_cases if split == "train" else config.max_validation_cases
-    if limit is not None and limit < len(sure):
-        order = np.random.default_rng([config.seed, _PAIRED_SPLITS.index(split)]).permutation(len(sure))
-        dropped["above_max_cases"] = len(sure) - limit
-        sure = [sure[place] for place in sorted(order[:limit])]
-    return sure, dropped
+    num_sure = int(kept.sum())
+    if limit is not None and limit < num_sure:
+        order = np.random.default_rng([config.seed, _PAIRED_SPLITS.index(split)]).permutation(num_sure)
+        facts.dropped["above_max_cases"] = num_sure - limit
+        kept[np.flatnonzero(kept)[order[limit:]]] = False
+    return kept
 
 
-def _deal_others(cases: Sequence[Case], config: PreferencesConfig, split: Split) -> dict[str, Case]:
-    """For every case another one, drawn among those whose text differs."""
-    if len({case.text for case in cases}) < 2:
+def _read_captions(cases: Sequence[Case], split: Split) -> list[str]:
+    """The texts of the cases, of which two at least differ."""
+    texts = [case.text or "" for case in cases]
+    if len(set(texts)) < 2:
         raise RefusedData(f"{split}: the {len(cases)} cases have one text, so no other caption could be rejected.")
-    others: dict[str, Case] = {}
-    for case in cases:
-        rng = _case_rng(config.seed, case.case_id)
-        other = case
-        while other.text == case.text:
-            other = cases[int(rng.integers(len(cases)))]
-        others[case.case_id] = other
-    return others
+    return texts
 
 
-def _shuffle(
-    ranking_of: Mapping[str, Ranking], cases: Sequence[Case], config: PreferencesConfig, split: Split
-) -> dict[str, Ranking]:
-    """Rankings permuted over `cases` in one cycle, so that no case keeps its own."""
-    if len(cases) < 2:
-        raise RefusedData(f"{split}: shuffled_teacher needs at least 2 cases to exchange rankings, not {len(cases)}.")
-    order = np.random.default_rng([config.seed, 2, _PAIRED_SPLITS.index(split)]).permutation(len(cases))
-    return {
-        cases[taker].case_id: ranking_of[cases[giver].case_id]
-        for taker, giver in zip(order, np.roll(order, 1), strict=True)
-    }
+def _draw_other(case: Case, texts: Sequence[str], config: PreferencesConfig) -> str:
+    """A text of another case, drawn among those that differ."""
+    rng = _case_rng(config.seed, case.case_id)
+    other = case.text
+    while other == case.text:
+        other = texts[int(rng.integers(len(texts)))]
+    return other or ""
 
 
-def _refuse_bad_set(
-    refused: Mapping[str, list[str]],
-    dropped: Mapping[str, int],
-    num_cases: int,
-    has_pairs: bool,
-    config: PreferencesConfig,
-    split: Split,
-) -> None:
+def _shuffle(rankings: Sequence[Ranking], config: PreferencesConfig, split: Split) -> dict[str, Ranking]:
+    """Rankings permuted in one cycle, so that no case keeps its own."""
+    if len(rankings) < 2:
+        raise RefusedData(
+            f"{split}: shuffled_teacher needs at least 2 cases to exchange rankings, not {len(rankings)}."
+        )
+    order = np.random.default_rng([config.seed, 2, _PAIRED_SPLITS.index(split)]).permutation(len(rankings))
+    return {rankings[taker].case_id: rankings[giver] for taker, giver in zip(order, np.roll(order, 1), strict=True)}
+
+
+def _refuse_bad_set(facts: SplitFacts, num_cases: int, config: PreferencesConfig, split: Split) -> None:
     """Raise where too many cases were refused or no pair is left."""
+    refused, dropped, has_pairs = facts.refused, facts.dropped, facts.statistics.num_pairs > 0
     num_refused = sum(map(len, refused.values()))
     if has_pairs and num_refused <= config.max_refused_share * num_cases:
         return

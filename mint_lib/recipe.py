@@ -15,7 +15,7 @@ from mint_lib.errors import RecipeError
 from mint_lib.placement import StepsOnCluster
 from mint_lib.plugins import describe_validation_error, load_plugin, parse_plugin_config
 from mint_lib.preferences import PreferencesConfig
-from mint_lib.records import Name
+from mint_lib.records import Name, Reference
 from mint_lib.registry import RegistryConfig
 from mint_lib.reporting.settings import EvaluationConfig
 from mint_lib.reporting.task import EvaluationTask
@@ -70,6 +70,28 @@ class Captioning(BaseModel):
     """Keys of the `alignment` section that differ; `keep_best: loss` unless it says otherwise."""
 
 
+class Retrain(BaseModel):
+    """An earlier run on fewer cases, to go on from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    cases: str
+    """Full reference of the version of cases to train on; the recipe's source is not read."""
+    rankings: str | None = None
+    """Rankings of the version that the cases grew from: their teacher ranks what was added, and nothing else. None: the
+    teacher is made anew."""
+    preferences: str | None = None
+    """The pairs before: the gate compares with them."""
+
+    @model_validator(mode="after")
+    def _has_references(self) -> Self:
+        for kind in ("cases", "rankings", "preferences"):
+            text = getattr(self, kind)
+            if text is not None and Reference.parse(text).kind != kind:
+                raise ValueError(f"retrain.{kind} is a reference of another kind")
+        return self
+
+
 class Recipe(BaseModel):
     """Everything a run does. `name`, `seed` and `student` are copied into the sections that have these keys."""
 
@@ -92,6 +114,8 @@ class Recipe(BaseModel):
     """What image students learn first; None: they are aligned from their base. It is measured as `captioning`."""
     arms: dict[Name, Arm] = Field(default={"orpo": Arm()}, min_length=1)
     """The students to make on this data; the first is the main one, which is registered."""
+    retrain: Retrain | None = None
+    """Train on cases that are in the store, as `mint run --cases` fills it in. None: the source is read."""
     student_seeds: tuple[int, ...] = ()
     """Make every arm once for each of these seeds. Empty: once, with `seed`."""
     evaluation: EvaluationConfig

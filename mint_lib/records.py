@@ -8,6 +8,7 @@ import functools
 import hashlib
 import pathlib
 import re
+import typing
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
@@ -15,8 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 import mint_lib
 from mint_lib.errors import InvalidInput
 
-Kind = Literal["cases", "rankings", "preferences", "student", "report", "model", "base"]
-KINDS: tuple[Kind, ...] = ("cases", "rankings", "preferences", "student", "report", "model", "base")
+Kind = Literal["cases", "rankings", "preferences", "student", "report", "model", "base", "quarantine"]
+KINDS: tuple[Kind, ...] = typing.get_args(Kind)
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]

@@ -1,11 +1,11 @@
 """Records as rows of Parquet files: their Arrow schemas, writing and reading.
 
-Goes in: records of `mint_lib.records`. Comes out: the bytes of a Parquet file, and the validated records again. It does
-not know where files lie.
+Goes in: records of `mint_lib.records`. Comes out: Parquet files of bounded size, and the validated records again. It
+knows no server.
 """
 
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, TypeVar
 
 from mint_lib.records import Record
@@ -17,6 +17,9 @@ R = TypeVar("R", bound=Record)
 _GROUP_ROWS = 1024
 _GROUP_BYTES = 32 * 2**20
 """Most rows, and bytes before compression, of a row group: a reader holds one at a time, images included."""
+SHARD_ROWS = 65_536
+SHARD_BYTES = 128 * 2**20
+"""Most rows, and bytes before compression, of a file: what a version that adds rows has to write anew at the least."""
 _BATCH_ROWS = 64
 """Rows that become Python objects at a time."""
 
@@ -86,35 +89,74 @@ def prediction_schema() -> "pyarrow.Schema":
     return pa.schema([*(pa.field(*field, nullable=False) for field in required), ("generated", strings)])
 
 
-def rows_to_parquet(rows: Iterable[Record], schema: "pyarrow.Schema") -> bytes:
-    """`rows` as one Parquet file. The same rows give the same bytes.
+def write_shards(
+    rows: Iterable[Record],
+    schema: "pyarrow.Schema",
+    folder: pathlib.Path,
+    *,
+    max_rows: int = SHARD_ROWS,
+    max_bytes: int = SHARD_BYTES,
+) -> Iterator[pathlib.Path]:
+    """`rows` as Parquet files in `folder`, each given when it is whole; it may be removed before the next is asked for.
 
-    Its row groups are small, so that `iterate_parquet` holds little at a time.
+    One row group is in memory at a time, and the same rows give the same bytes. No rows give one file without any.
+
+    Args:
+        rows: Records of one type.
+        schema: Their Arrow schema.
+        folder: Where the files are written.
+        max_rows: Most rows of a file.
+        max_bytes: Most bytes of a file before compression; a single row group may be larger.
     """
-    import io
+    import pyarrow.parquet
 
+    groups = _group_rows(rows, schema)
+    group = next(groups, None)
+    number = 0
+    while number == 0 or group is not None:
+        path = folder / f"{number:06d}.parquet"
+        num_rows = num_bytes = 0
+        with pyarrow.parquet.ParquetWriter(path, schema, compression="zstd") as writer:
+            while group is not None:
+                num_rows += len(group)
+                num_bytes += group.nbytes
+                if num_rows > len(group) and (num_rows > max_rows or num_bytes > max_bytes):
+                    break
+                writer.write_table(group, row_group_size=max(1, len(group)))
+                group = next(groups, None)
+        yield path
+        number += 1
+
+
+def _group_rows(rows: Iterable[Record], schema: "pyarrow.Schema") -> Iterator["pyarrow.Table"]:
+    """Row groups, small ones, so that `iterate_parquet` holds little at a time."""
     import pyarrow as pa
-    import pyarrow.parquet
 
-    table = pa.Table.from_pylist([row.model_dump() for row in rows], schema=schema)
-    num_fitting = _GROUP_BYTES * len(table) // max(1, table.nbytes)
-    buffer = io.BytesIO()
-    pyarrow.parquet.write_table(table, buffer, compression="zstd", row_group_size=max(1, min(_GROUP_ROWS, num_fitting)))
-    return buffer.getvalue()
+    group: list[dict[str, object]] = []
+    num_bytes = 0
+    for row in rows:
+        values = row.model_dump()
+        size = _count_bytes(values)
+        if group and (len(group) == _GROUP_ROWS or num_bytes + size > _GROUP_BYTES):
+            yield pa.Table.from_pylist(group, schema=schema)
+            group, num_bytes = [], 0
+        group.append(values)
+        num_bytes += size
+    if group:
+        yield pa.Table.from_pylist(group, schema=schema)
 
 
-def parquet_to_rows(data: bytes, row_type: type[R]) -> list[R]:
-    """The validated rows of one Parquet file written by `rows_to_parquet`."""
-    import io
-
-    import pyarrow.parquet
-
-    rows = pyarrow.parquet.read_table(io.BytesIO(data), use_threads=False).to_pylist(maps_as_pydicts="strict")
-    return [row_type.model_validate(row) for row in rows]
+def _count_bytes(values: Mapping[str, object]) -> int:
+    """About how many bytes a row takes in memory: its texts and images."""
+    total = 0
+    for value in values.values():
+        for item in value if isinstance(value, list | tuple) else (value,):
+            total += len(item) if isinstance(item, str | bytes) else 64
+    return total
 
 
 def iterate_parquet(path: pathlib.Path, row_type: type[R]) -> Iterator[R]:
-    """The validated rows of the Parquet file at `path`, of which one row group is in memory at a time.
+    """The validated rows of a file written by `write_shards`, of which one row group is in memory at a time.
 
     The file is open until the iterator is exhausted or closed.
     """

@@ -105,7 +105,7 @@ def _cluster_cases(cases: list[Case], by: SplitBy, contents: Sequence[Content]) 
         return f"patient {case.group_id}" if by == "patient" else f"case {case.case_id}"
 
     for case in cases:
-        for key in _content_keys(case, contents):
+        for key in content_keys(case, contents):
             parent[find(key)] = find(name_owner(case))
     clusters: dict[str, list[Case]] = collections.defaultdict(list)
     for case in cases:
@@ -113,7 +113,7 @@ def _cluster_cases(cases: list[Case], by: SplitBy, contents: Sequence[Content]) 
     return list(clusters.values())
 
 
-def _content_keys(case: Case, contents: Sequence[Content]) -> Iterator[str]:
+def content_keys(case: Case, contents: Sequence[Content]) -> Iterator[str]:
     """Hashes of the text without case and spacing, and of the image's pixels, as far as `contents` wants them."""
     if case.text and "text" in contents:
         yield "text " + hashlib.sha256(" ".join(case.text.casefold().split()).encode()).hexdigest()
@@ -134,7 +134,7 @@ def prove_disjoint(splits: Mapping[Split, Iterable[Case]], *, by: SplitBy, conte
     for split, cases in splits.items():
         for case in cases:
             owner = (f"patient {case.group_id}",) if by == "patient" else ()
-            for key in (f"case-id {case.case_id}", *owner, *_content_keys(case, contents)):
+            for key in (f"case-id {case.case_id}", *owner, *content_keys(case, contents)):
                 if first_split.setdefault(key, split) != split:
                     shared[f"{key.split()[0]} in {first_split[key]} and {split}"].append(case.case_id)
     if shared:

@@ -41,9 +41,11 @@ class Stage(NamedTuple):
 
 
 STAGES: dict[str, Stage] = {
-    "data": Stage(data.DataConfig, data.prepare_cases, digest_outside=data.digest_sources),
-    "teacher": Stage(teacher.TeacherConfig, teacher.rank_cases, ("cases",)),
-    "preferences": Stage(preferences.PreferencesConfig, preferences.build_pairs, ("cases", "rankings")),
+    "data": Stage(data.DataConfig, data.prepare_cases, optional_inputs=("base",), digest_outside=data.digest_sources),
+    "teacher": Stage(teacher.TeacherConfig, teacher.rank_cases, ("cases",), optional_inputs=("previous",)),
+    "preferences": Stage(
+        preferences.PreferencesConfig, preferences.build_pairs, ("cases", "rankings"), optional_inputs=("previous",)
+    ),
     "alignment": Stage(AlignmentConfig, alignment.align_student, ("preferences",), optional_inputs=("start",)),
     "evaluation": Stage(
         EvaluationConfig,

@@ -2,6 +2,8 @@
 
     <prefix>/<kind>/<name>/<version>/claim.json       first: the number belongs to one writer
                                      <data files>     each with its sha256, `record.json` among them
+                                     <table>/<shard>.parquet    rows, in files of bounded size
+                                     holds/<version>.json       a later version uses files of this one
                                      manifest.json    last: from here on the version exists
     <prefix>/<kind>/<name>/aliases/<alias>.json       one reference and the log of its moves
     <prefix>/outputs/<key>.json                       what a stage made from these inputs before
@@ -11,6 +13,8 @@ Goes in: files and a `StageRecord`. Comes out: a `Reference`, and whatever it re
 empty manifest marks a number whose writer died. The store does not know what the files mean.
 """
 
+import contextlib
+import functools
 import io
 import json
 import logging
@@ -20,17 +24,17 @@ import tempfile
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Generic, Self, TypeVar, cast
 
 from mint_lib.errors import Conflict, IntegrityError, InvalidInput, NotFound
 from mint_lib.records import KINDS, Kind, Record, Reference, StageRecord
-from mint_lib.rows import iterate_parquet, parquet_to_rows
+from mint_lib.rows import iterate_parquet
 from mint_lib.storage import aliases, orphans
 from mint_lib.storage.aliases import Alias
 from mint_lib.storage.client import S3
-from mint_lib.storage.layout import LATEST, Layout, is_version, number_version
+from mint_lib.storage.layout import LATEST, Layout, is_version, number_version, shards_of
 from mint_lib.storage.manifest import MANIFEST, RECORD, FileEntry, Manifest
-from mint_lib.storage.orphans import Orphan
+from mint_lib.storage.orphans import Orphan, Removed
 from mint_lib.storage.run_folder import RunFolder
 from mint_lib.storage.settings import S3Settings
 from mint_lib.storage.writer import VersionWriter
@@ -41,6 +45,17 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 R = TypeVar("R", bound=Record)
 _SHORT_REFERENCE = re.compile(r"(?P<kind>[a-z]+)/(?P<name>[^@#/]+)(@(?P<place>[^@#]+))?")
+
+
+class StoredRows(Generic[R]):
+    """The rows of a table, read anew each time."""
+
+    def __init__(self, store: "Store", reference: Reference, table: str, row_type: type[R]):
+        self._read = functools.partial(store.iterate_rows, reference, table, row_type)
+
+    def __iter__(self) -> Iterator[R]:
+        """Every row in its order; raises as `Store.iterate_rows`."""
+        return self._read()
 
 
 class Store:
@@ -63,14 +78,22 @@ class Store:
         """
         return cls(S3Settings.from_environment())
 
-    def write(self, kind: Kind, name: str, *, version: str | None = None) -> VersionWriter:
+    def write(
+        self, kind: Kind, name: str, *, version: str | None = None, base: Reference | None = None
+    ) -> VersionWriter:
         """A writer of a new version: of the next free number, or of `version`.
 
+        A file whose bytes `base`, an earlier version of the same kind and name, has already is not stored again.
+
         Raises:
-            InvalidInput: the kind, the name or the version is not spelled as a reference spells it.
+            InvalidInput: the kind, the name or the version is not spelled as a reference spells it, or the base is one
+                of another kind or name.
+            NotFound: the base does not exist.
         """
         self._layout.folder(kind, name, version)
-        return VersionWriter(self._s3, self._layout, kind, name, version)
+        if base is not None and (base.kind, base.name) != (kind, name):
+            raise InvalidInput(f"A version of {kind}/{name} cannot build on {base}. Give one of the same name.")
+        return VersionWriter(self._s3, self._layout, kind, name, version, self._manifest(base) if base else None)
 
     def read_bytes(self, reference: Reference, path: str) -> bytes:
         """One file of a version, after its size and sha256 were checked.
@@ -79,29 +102,56 @@ class Store:
             NotFound: there is no such version, or no such file in it.
             IntegrityError: the bytes are not those that were committed.
         """
-        sink = io.BytesIO()
-        self._s3.get_verified(self._key(reference, path), self._entry(reference, path), sink)
+        entry, sink = self._entry(reference, path), io.BytesIO()
+        self._s3.get_verified(self._key(reference, path, entry), entry, sink)
         return sink.getvalue()
 
     def read_json(self, reference: Reference, path: str) -> object:
         """One JSON file of a version; raises as `read_bytes`."""
         return json.loads(self.read_bytes(reference, path))
 
-    def read_rows(self, reference: Reference, path: str, row_type: type[R]) -> list[R]:
-        """The validated rows of one Parquet file of a version; raises as `read_bytes`."""
-        return parquet_to_rows(self.read_bytes(reference, path), row_type)
+    def read_rows(self, reference: Reference, table: str, row_type: type[R]) -> list[R]:
+        """The validated rows of a table of a version; raises as `iterate_rows`."""
+        return list(self.iterate_rows(reference, table, row_type))
 
-    def iterate_rows(self, reference: Reference, path: str, row_type: type[R]) -> Iterator[R]:
-        """The same rows as `read_rows`, one after another, in memory that does not grow with their number.
+    def iterate_rows(self, reference: Reference, table: str, row_type: type[R]) -> Iterator[R]:
+        """The rows of a table one after another, in memory that does not grow with their number.
 
-        At the first row the file is copied, checked, to a temporary folder, which is removed when the iterator is
-        exhausted or closed. Raises as `read_bytes`, and StoreError if that folder cannot be written.
+        Each shard is copied, checked, to a temporary folder, which is removed when the iterator is exhausted or closed.
+
+        Raises:
+            NotFound: there is no such version, or no such table in it.
+            IntegrityError: the bytes are not those that were committed.
+            StoreError: the temporary folder cannot be written.
         """
+        for path in self.shards(reference, table):
+            with self.fetch_shard(reference, path) as local_path:
+                yield from iterate_parquet(local_path, row_type)
+
+    def open_rows(self, reference: Reference, table: str, row_type: type[R]) -> "StoredRows[R]":
+        """The same rows as something that can be iterated over again and again."""
+        return StoredRows(self, reference, table, row_type)
+
+    def shards(self, reference: Reference, table: str) -> list[str]:
+        """Paths of a table's Parquet files in their order.
+
+        Raises:
+            NotFound: there is no such version, or no such table in it.
+        """
+        files = self.files(reference)
+        found = shards_of(table, files)
+        if not found:
+            raise NotFound(f"{reference} has no table {table!r}. It has: {', '.join(sorted(files))}.")
+        return found
+
+    @contextlib.contextmanager
+    def fetch_shard(self, reference: Reference, path: str) -> Iterator[Path]:
+        """One file of a version, checked, in a temporary folder; raises as `iterate_rows`."""
         entry = self._entry(reference, path)
         with tempfile.TemporaryDirectory(prefix="mint-rows-") as folder:
-            local_path = Path(folder) / "rows.parquet"
-            self._s3.get_file(self._key(reference, path), entry, local_path)
-            yield from iterate_parquet(local_path, row_type)
+            local_path = Path(folder) / path.rpartition("/")[2]
+            self._s3.get_file(self._key(reference, path, entry), entry, local_path)
+            yield local_path
 
     def download(self, reference: Reference, folder: Path, prefix: str = "") -> Path:
         """Copy a version's files to `folder`, under the paths they have in it; returns `folder / prefix`.
@@ -123,7 +173,7 @@ class Store:
         if not chosen:
             raise NotFound(f"{reference} has nothing at {prefix!r}.")
         for path, entry in sorted(chosen.items()):
-            self._s3.get_file(self._key(reference, path), entry, folder / path)
+            self._s3.get_file(self._key(reference, path, entry), entry, folder / path)
         return folder / prefix
 
     def files(self, reference: Reference) -> dict[str, FileEntry]:
@@ -229,6 +279,16 @@ class Store:
         """Note that the inputs whose digest is `key` give `reference`."""
         self._s3.put(self._layout.output(key), str(reference).encode())
 
+    def remove(self, reference: Reference) -> Removed:
+        """Take a version away, but for the bytes that other versions use. For an operator's command only.
+
+        Raises:
+            NotFound: there is no such version.
+            Conflict: somebody else removed it at the same time.
+        """
+        self._manifest(reference)
+        return orphans.remove_version(self._s3, self._layout, reference.kind, reference.name, reference.version)
+
     def list_orphans(self) -> list[Orphan]:
         """What failed writers left behind; a live writer that has not committed yet is among it."""
         return orphans.list_orphans(self._s3, self._layout)
@@ -280,8 +340,9 @@ class Store:
         finally:
             self._s3.delete(key)
 
-    def _key(self, reference: Reference, path: str) -> str:
-        return self._layout.folder(reference.kind, reference.name, reference.version) + path
+    def _key(self, reference: Reference, path: str, entry: FileEntry) -> str:
+        version = entry.stored_in or reference.version
+        return self._layout.folder(reference.kind, reference.name, version) + (entry.stored_as or path)
 
     def _entry(self, reference: Reference, path: str) -> FileEntry:
         files = self.files(reference)
@@ -292,8 +353,9 @@ class Store:
     def _manifest(self, reference: Reference) -> Manifest:
         manifest = self._read_manifest(reference.kind, reference.name, reference.version)
         if manifest.digest != reference.digest:
+            where = self._s3.locate(self._layout.manifest(reference.kind, reference.name, reference.version))
             raise IntegrityError(
-                f"{self._s3.locate(self._key(reference, MANIFEST))} has the digest {manifest.digest} and the reference "
+                f"{where} has the digest {manifest.digest} and the reference "
                 f"says {reference.digest}. The reference belongs to another store, or the manifest was replaced; "
                 "`mint show` prints the version's own reference."
             )

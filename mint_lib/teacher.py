@@ -103,17 +103,23 @@ class Teacher(ABC):
         """The teacher that `save` wrote."""
 
 
-def rank_cases(config: TeacherConfig, *, store: "Store", cases: Reference) -> Reference:
+def rank_cases(
+    config: TeacherConfig, *, store: "Store", cases: Reference, previous: Reference | None = None
+) -> Reference:
     """A version of `rankings` for `cases`. The rankings come from the saved teacher, read back.
 
+    With `previous`, rankings of an earlier version of these cases, that version's teacher ranks what was added since,
+    and the rankings of all other cases are taken over as they are. It must pass its floor on today's validation cases.
+
     Raises:
-        InvalidInput: validation has no labelled case, or a label is not of the label set.
+        InvalidInput: validation has no labelled case, a label is not of the label set, or `previous` is of another
+            teacher, or of cases that were not only added to.
         GateFailed: the teacher is below its floor; nothing is written.
     """
     plugin = load_plugin("teachers", config.model, base=Teacher)
     plugin_config = parse_plugin_config(plugin, config.config, where="teacher.config")
     labels = TypeAdapter(list[Label]).validate_python(store.read_json(cases, "labels.json"))
-    rows: dict[Split, list[Case]] = {split: store.read_rows(cases, f"{split}.parquet", Case) for split in SPLITS}
+    rows: dict[Split, list[Case]] = {split: store.read_rows(cases, split, Case) for split in SPLITS}
     rows["test"] = _hide_labels(rows["test"])
     train, validation = (_labelled(rows[split], labels, split) for split in ("train", "validation"))
     if not validation:
@@ -121,29 +127,49 @@ def rank_cases(config: TeacherConfig, *, store: "Store", cases: Reference) -> Re
             f"None of the {len(rows['validation'])} validation cases has a label, so the teacher cannot be qualified. "
             "Let the data stage keep labels in validation."
         )
-    logger.info("teacher: %s on %d labelled training cases", config.model, len(train))
+    known: dict[Split, list[Ranking]] = {split: [] for split in SPLITS}
+    if previous is not None:
+        check_previous(config, store=store, cases=cases, previous=previous)
+        known = {split: store.read_rows(previous, split, Ranking) for split in SPLITS}
     with tempfile.TemporaryDirectory() as folder_name:
         folder = pathlib.Path(folder_name)
-        fitted = plugin(plugin_config, labels, seed=config.seed)
-        fitting = fitted.fit(train, validation)
-        fitted.save(folder)
-        teacher = plugin.load(folder, labels)
-        scores = _score(teacher, validation)
-        qualification = qualify(scores, validation, labels, seed=config.seed)
+        fitting: dict[str, Any] = {}
+        if previous is None:
+            logger.info("teacher: %s on %d labelled training cases", config.model, len(train))
+            fitted = plugin(plugin_config, labels, seed=config.seed)
+            fitting = fitted.fit(train, validation)
+            fitted.save(folder)
+            teacher, temperature = plugin.load(folder, labels), None
+        else:
+            folder = store.download(previous, folder, prefix="teacher")
+            temperature = float(json.loads((folder / "calibration.json").read_text())["temperature"])
+            teacher = plugin.load(folder, labels)
+        new = {split: rows[split][len(known[split]) :] for split in SPLITS}
+        scores = {split: _score(teacher, new[split]) for split in SPLITS}
+        logger.info(
+            "teacher: ranked %d cases, took over %d", sum(map(len, new.values())), sum(map(len, known.values()))
+        )
+        everything = np.concatenate([_recover_scores(known["validation"], labels, temperature), scores["validation"]])
+        is_labelled = [case.label_id is not None for case in rows["validation"]]
+        qualification = qualify(everything[is_labelled], validation, labels, seed=config.seed)
         check_floor(qualification, config)
-        temperature = qualification["temperature"]
-        (folder / "calibration.json").write_text(json.dumps({"temperature": temperature}))
+        if temperature is None:
+            temperature = qualification["temperature"]
+            (folder / "calibration.json").write_text(json.dumps({"temperature": temperature}))
         digest = digest_folder(folder)
-        rankings = {
-            split: rank_scores(rows[split], _score(teacher, rows[split]), labels, temperature, digest)
-            for split in SPLITS
-        }
+        rankings = {split: rank_scores(new[split], scores[split], labels, temperature, digest) for split in SPLITS}
         facts = {"model": config.model, "teacher_digest": digest, "fitting": fitting, **qualification}
+        facts |= {"used_temperature": temperature, "num_taken_over": sum(map(len, known.values()))}
         if scoring := teacher.facts():
             facts["scoring"] = scoring
-        with store.write("rankings", config.name) as version:
+        base = previous if previous is not None and previous.name == config.name else None
+        with store.write("rankings", config.name, base=base) as version:
             for split in SPLITS:
-                version.add_rows(f"{split}.parquet", rankings[split], ranking_schema())
+                taken_over = [] if base else known[split]
+                if base:
+                    version.carry_table(split)
+                if rankings[split] or not base:
+                    version.add_rows(split, taken_over + rankings[split], ranking_schema())
             version.add_json("labels.json", [label.model_dump(mode="json") for label in labels])
             version.add_json("qualification.json", facts)
             version.add_folder("teacher", folder)
@@ -153,12 +179,42 @@ def rank_cases(config: TeacherConfig, *, store: "Store", cases: Reference) -> Re
                 StageRecord(
                     stage="teacher",
                     config=config.model_dump(mode="json"),
-                    inputs={"cases": str(cases)},
+                    inputs={"cases": str(cases)} | ({"previous": str(previous)} if previous else {}),
                     code_version=code_version(),
-                    counts={split: len(rows[split]) for split in SPLITS} | {"labelled_train": len(train)},
+                    counts={split: len(rows[split]) for split in SPLITS}
+                    | {"labelled_train": len(train), "taken_over": sum(map(len, known.values()))},
                     metrics={f"validation_{name}": found["value"] for name, found in qualification["metrics"].items()},
                 )
             )
+
+
+def check_previous(config: TeacherConfig, *, store: "Store", cases: Reference, previous: Reference) -> None:
+    """Refuse rankings that cannot be taken over. Raises InvalidInput."""
+    record = store.record(previous)
+    mine = config.model_dump(mode="json", exclude={"name", "floor"})
+    changed = sorted(key for key, value in mine.items() if record.config.get(key) != value)
+    if record.stage != "teacher" or changed:
+        raise InvalidInput(
+            f"{previous} was not made by this teacher: {', '.join(changed) or record.stage} differ. Leave `previous` "
+            "out, and the teacher is made anew and ranks every case."
+        )
+    before = Reference.parse(record.inputs["cases"])
+    for split in SPLITS:
+        old, new = ([store.files(item)[path] for path in store.shards(item, split)] for item in (before, cases))
+        if len(old) > len(new) or not all(one.holds_same(other) for one, other in zip(old, new, strict=False)):
+            raise InvalidInput(
+                f"{cases} is not {before} with cases added: its {split} split does not begin with the same shards. "
+                "Leave `previous` out, and the teacher is made anew and ranks every case."
+            )
+
+
+def _recover_scores(rankings: Sequence[Ranking], labels: Sequence[Label], temperature: float | None) -> np.ndarray:
+    """Scores `[case, label]` that give these rankings at `temperature`, up to a constant of each case."""
+    columns = {label.id: column for column, label in enumerate(labels)}
+    scores = np.zeros((len(rankings), len(labels)))
+    for row, ranking in zip(scores, rankings, strict=True):
+        row[[columns[label_id] for label_id in ranking.label_ids]] = ranking.probabilities
+    return np.log(np.maximum(scores, np.finfo(float).tiny)) * (temperature or 1.0)
 
 
 def qualify(scores: np.ndarray, cases: Sequence[Case], labels: Sequence[Label], *, seed: int) -> dict[str, Any]:

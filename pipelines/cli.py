@@ -6,12 +6,20 @@ Every command loads what it needs when it runs, so that `--help` answers at once
 import json
 import pathlib
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
+import click
 import typer
+import typer.core
 
 from pipelines.cluster_commands import compile_pipeline, submit
 from pipelines.options import ClusterPath, Overrides, RecipePath, load, load_cluster_file, log_to_stderr, make_console
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from mint_lib.recipe import Recipe
+    from mint_lib.store import Store
 
 app = typer.Typer(
     help="MINT: move what a multimodal teacher knows into a student that sees one modality only.",
@@ -22,8 +30,24 @@ app = typer.Typer(
 ReferenceText = Annotated[
     str, typer.Argument(help="kind/name, kind/name@v000001, kind/name@champion or a full reference")
 ]
+CasesText = Annotated[
+    str | None,
+    typer.Option(
+        "--cases", help="Retrain on these cases of the store (see mint data add) instead of reading a source."
+    ),
+]
 Who = Annotated[str, typer.Option(help="Who decides; kept in the alias log.")]
 Why = Annotated[str, typer.Option(help="Why; kept in the alias log.")]
+
+
+class _StageGroup(typer.core.TyperGroup):
+    """`mint data RECIPE` runs the stage alone; other words are commands of their own."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Put the stage's command before what is no command's name."""
+        if args and args[0] not in (*self.commands, "--help"):
+            args = ["stage", *args]
+        return super().parse_args(ctx, args)
 
 
 def main() -> None:
@@ -44,6 +68,7 @@ def run(
     serve: Annotated[
         bool, typer.Option("--serve", help="Then serve the registered model, as mint serve does.")
     ] = False,
+    cases: CasesText = None,
 ) -> None:
     """Run a recipe's whole flow on this machine and show the result."""
     from pipelines.local_run import run_recipe
@@ -55,6 +80,7 @@ def run(
     with open_store() as store:
         console.print(f"[bold]{loaded.name}[/bold]: {loaded.description}", highlight=False)
         console.print(f"store: {store.location}", highlight=False)
+        loaded = _retrain(loaded, cases, store=store, console=console)
         log_path = LOCAL_FOLDER / "logs" / f"{loaded.name}.log"
         planned = run_recipe(loaded, store=store, console=console, log_path=log_path)
         print_result(planned, store=store, console=console, folder=LOCAL_FOLDER / "reports")
@@ -66,6 +92,21 @@ def run(
             serve_here([model], store=store, config=loaded.serving, has_page=True, console=console)
 
 
+def _retrain(recipe: "Recipe", cases: str | None, *, store: "Store", console: "Console") -> "Recipe":
+    """The recipe on the cases asked for, saying what is taken over from an earlier run."""
+    if cases is None:
+        return recipe
+    from pipelines.retrain import prepare_retraining
+
+    recipe = prepare_retraining(recipe, cases, store=store)
+    found = recipe.retrain
+    assert found is not None
+    for name, text in (("cases", found.cases), ("rankings", found.rankings), ("preferences", found.preferences)):
+        shown = text.partition("#")[0] if text else "none to go on from: made anew"
+        console.print(f"retrain: {name:<12} {shown}", highlight=False)
+    return recipe
+
+
 @app.command()
 def plan(
     recipe: RecipePath,
@@ -74,6 +115,7 @@ def plan(
         list[str] | None,
         typer.Option("--gpu", help="Will it fit? Estimates alignment on this type: a100-80gb, ..., all."),
     ] = None,
+    cases: CasesText = None,
 ) -> None:
     """Show every step of a recipe: config, inputs, what is cached, what would be written. Nothing runs."""
     from pipelines.forecast import print_forecasts
@@ -83,6 +125,7 @@ def plan(
     loaded = load(recipe, overrides)
     console = make_console()
     with open_store() as store:
+        loaded = _retrain(loaded, cases, store=store, console=console)
         planned = plan_steps(loaded, store=store)
         for item in planned:
             kind_and_name = f"{item.step.stage} -> {item.step.name}"
@@ -350,7 +393,38 @@ def _add_stage_command(stage: str, doc: str) -> None:
         typer.echo(str(reference))
 
     run_one.__doc__ = doc
-    app.command(name=stage, rich_help_panel="One stage alone")(run_one)
+    if stage == "data":
+        data_app.command(name="stage")(run_one)
+    else:
+        app.command(name=stage, rich_help_panel="One stage alone")(run_one)
+
+
+data_app = typer.Typer(
+    cls=_StageGroup,
+    no_args_is_help=True,
+    help="Read a source, validate, split by patient and write cases: mint data RECIPE. Or add cases: mint data add.",
+)
+app.add_typer(data_app, name="data", rich_help_panel="One stage alone")
+
+
+@data_app.command(name="add")
+def add_cases(
+    source: Annotated[str, typer.Argument(help="A file of mint_lib/data_sources, for instance image_table")],
+    to: Annotated[str, typer.Option(help="What grows: cases/NAME, its newest version")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="The source's own config: --set path=FOLDER")
+    ] = None,
+    batch: Annotated[str | None, typer.Option(help="Name of this delivery; reports of the gate name it.")] = None,
+) -> None:
+    """Add the cases of a source to a version of cases: the next version, which re-uses what is there."""
+    from pipelines.data_add import add_data, print_addition
+    from pipelines.stores import open_store
+
+    log_to_stderr()
+    with open_store() as store:
+        reference = add_data(source, to, overrides=tuple(overrides or ()), batch=batch, store=store)
+        print_addition(reference, store=store, console=make_console())
+    typer.echo(str(reference))
 
 
 for _stage, _doc in {

@@ -13,7 +13,7 @@ from kfp import dsl
 
 from mint_lib.cluster import ClusterConfig
 from mint_lib.errors import InvalidInput
-from mint_lib.flow import Step, list_steps
+from mint_lib.flow import Step, is_step, list_steps
 from mint_lib.recipe import Recipe
 
 
@@ -61,7 +61,7 @@ def _add_task(step: Step, outputs: Mapping[str, Any], recipe: Recipe, cluster: C
         inputs: dict[str, Any] = {}
         for name, source in step.inputs.items():
             if isinstance(source, str):
-                inputs[name] = outputs[source]
+                inputs[name] = outputs[source] if is_step(source) else source
             else:
                 inputs[name] = " ".join(f"{key}={outputs[step_id]}" for key, step_id in source.items())
         task = _load(step.stage)(config=step.config.model_dump_json(), **inputs)
@@ -79,7 +79,7 @@ def _add_task(step: Step, outputs: Mapping[str, Any], recipe: Recipe, cluster: C
 def _spell_input(name: str, source: str | Mapping[str, str], outputs: Mapping[str, Any]) -> str:
     """An input as the words `NAME=REFERENCE` or `NAME=KEY=REFERENCE`, which `python -m mint_lib` takes."""
     if isinstance(source, str):
-        return f"{name}={outputs[source]}"
+        return f"{name}={outputs[source] if is_step(source) else source}"
     return " ".join(f"{name}={key}={outputs[step_id]}" for key, step_id in source.items())
 
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from mint_lib.flow import Step, list_steps
+from mint_lib.flow import Step, is_step, list_steps
 from mint_lib.recipe import Recipe
 from mint_lib.records import Reference
 from mint_lib.stages import output_key
@@ -56,6 +56,9 @@ def _resolve_inputs(
 ) -> dict[str, Reference | Mapping[str, Reference]] | None:
     inputs: dict[str, Reference | Mapping[str, Reference]] = {}
     for name, source in step.inputs.items():
+        if isinstance(source, str) and not is_step(source):
+            inputs[name] = Reference.parse(source)
+            continue
         ids = [source] if isinstance(source, str) else list(source.values())
         if any(step_id not in known for step_id in ids):
             return None
@@ -63,10 +66,15 @@ def _resolve_inputs(
     return inputs
 
 
+def _find_cases(step: Step, known: Mapping[str, Reference]) -> Reference | None:
+    source = str(step.inputs["cases"])
+    return known.get(source) if is_step(source) else Reference.parse(source)
+
+
 def _estimate(step: Step, known: Mapping[str, Reference], store: Store) -> str:
     """Pairs and optimizer steps, exact where the input lies in the store."""
-    if step.stage == "preferences" and str(step.inputs["cases"]) in known:
-        cases = store.record(known[str(step.inputs["cases"])]).counts["train/cases"]
+    if step.stage == "preferences" and (cases_reference := _find_cases(step, known)) is not None:
+        cases = store.record(cases_reference).counts["train/cases"]
         pairs_per_case = getattr(step.config, "pairs_per_case", 1)
         return f"at most {cases * pairs_per_case} training pairs from {cases} cases"
     if step.stage == "alignment" and str(step.inputs["preferences"]) in known:

@@ -31,7 +31,8 @@ def print_result(planned: list[PlannedStep], *, store: Store, console: Console, 
     gate = "passed" if report.gate.passed else "failed: this model cannot be promoted"
     console.print(f"\ngate     {gate}", highlight=False)
     console.print(f"report   {html_path.resolve()}", highlight=False, soft_wrap=True)
-    console.print(f"student  {outputs['alignment']}", highlight=False, soft_wrap=True)
+    student = store.record(outputs["registry"]).inputs["student"]
+    console.print(f"student  {student}", highlight=False, soft_wrap=True)
     console.print(f"model    {outputs['registry']}", highlight=False, soft_wrap=True)
 
 

@@ -1,6 +1,7 @@
 """Runs one step of a recipe in this process, its inputs taken from the store or from the command line."""
 
 from mint_lib.errors import InvalidInput
+from mint_lib.flow import is_step
 from mint_lib.recipe import Recipe
 from mint_lib.records import Reference
 from mint_lib.stages import run_stage
@@ -45,8 +46,8 @@ def _known_inputs(chosen: PlannedStep, planned: list[PlannedStep]) -> dict[str, 
     texts: dict[str, str] = {}
     for name, source in chosen.step.inputs.items():
         if isinstance(source, str):
-            if source in known:
-                texts[name] = known[source]
+            if source in known or not is_step(source):
+                texts[name] = known.get(source, source)
         elif all(step_id in known for step_id in source.values()):
             texts[name] = " ".join(f"{key}={known[step_id]}" for key, step_id in source.items())
     return texts

@@ -51,8 +51,8 @@ def write_preferences(store: Store) -> Reference:
     pairs = make_pairs(NUM_TRAIN_CASES + 9)
     num_train = 2 * NUM_TRAIN_CASES
     with store.write("preferences", "test") as version:
-        version.add_rows("train.parquet", pairs[:num_train], pair_schema())
-        version.add_rows("validation.parquet", pairs[num_train:], pair_schema())
+        version.add_rows("train", pairs[:num_train], pair_schema())
+        version.add_rows("validation", pairs[num_train:], pair_schema())
         version.add_json("labels.json", [label.model_dump(mode="json") for label in LABELS])
         version.add_bytes("template.yaml", TEMPLATE.data)
         return version.commit(StageRecord(stage="preferences", config={}, inputs={}, code_version="test"))

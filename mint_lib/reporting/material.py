@@ -69,16 +69,16 @@ def read_material(
             "Evaluate with the preferences that these students were aligned on."
         )
     pairing = store.record(preferences).config
-    rows = store.read_rows(cases, "test.parquet", Case)
+    rows = store.read_rows(cases, "test", Case)
     kept, refused = select_cases(
         rows, labels, template, reader, window_tokens=window_tokens, max_refused_share=max_refused_share
     )
-    label_ids = [case.label_id for case in store.read_rows(cases, "train.parquet", Case)]
+    label_ids = [case.label_id for case in store.read_rows(cases, "train", Case)]
     material = Material(
         cases=tuple(kept),
         labels=labels,
         template=template,
-        teacher={ranking.case_id: ranking for ranking in store.read_rows(rankings, "test.parquet", Ranking)},
+        teacher={ranking.case_id: ranking for ranking in store.read_rows(rankings, "test", Ranking)},
         top_k=cast(int, pairing["top_k"]),
         bottom_q=cast(int, pairing["bottom_q"]),
         label_counts={label.id: label_ids.count(label.id) for label in labels},

@@ -52,7 +52,7 @@ def check_int8(store: "Store", exact: ServedStudent, quantised: ServedStudent) -
     shown = [
         content
         for split in ("validation", "test")
-        for case in store.read_rows(reference, f"{split}.parquet", Case)
+        for case in store.read_rows(reference, split, Case)
         if (content := _show(case, exact))
     ]
     num_agreeing = num_cases = 0

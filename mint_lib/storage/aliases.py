@@ -33,6 +33,17 @@ class Alias(NamedTuple):
     """Oldest first."""
     etag: str
 
+    @property
+    def trail(self) -> list[str]:
+        """Where it pointed, oldest first, without what was rolled back; the last but one is where a rollback goes."""
+        trail: list[str] = []
+        for move in self.log:
+            if move.reference in trail:
+                del trail[trail.index(move.reference) + 1 :]
+            else:
+                trail.append(move.reference)
+        return trail
+
 
 class _AliasFile(Record):
     reference: str

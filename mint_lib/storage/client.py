@@ -1,44 +1,37 @@
-"""The S3 edge: one client, its retries, and what went wrong in words.
+"""The S3 edge: objects and files of any size, checked on their way in both directions.
 
-Goes in: keys and bytes. Comes out: bytes, or one of the store's errors. Any endpoint that speaks S3 will do; it is
-named by the environment. This module does not know what a version is.
+Goes in: keys, bytes and local files. Comes out: the same, or one of the store's errors. Any endpoint that speaks S3
+will do; it is named by the environment. This module does not know what a version is.
 """
 
 import base64
+import collections
+import contextlib
 import functools
 import hashlib
+import itertools
 import logging
 import os
-import random
 import secrets
-import threading
-import time
-import urllib.parse
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import IO, Any, NamedTuple, TypeVar
 
 from mint_lib.errors import Conflict, IntegrityError, NotFound, StoreError
-from mint_lib.storage.faults import Fault, explain_fault
+from mint_lib.storage.connection import Connection
 from mint_lib.storage.manifest import FileEntry
-from mint_lib.storage.settings import S3Settings
-
-if TYPE_CHECKING:
-    import pyarrow.fs
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 PART_BYTES = 16 * 2**20
-"""S3 allows parts of 5 MiB to 5 GiB; four of these in memory stay small beside any model."""
+"""S3 allows parts of 5 MiB to 5 GiB; a few of these in memory stay small beside any model."""
 MAX_PARTS = 10_000
 """S3's own limit (Amazon S3 User Guide, multipart upload limits)."""
-CHUNK_BYTES = 2**20
-FIRST_PAUSE_SECONDS = 0.05
-MAX_PAUSE_SECONDS = 2.0
-MIN_ATTEMPTS = 2
-"""However slow the first one was: it also pays for making the client."""
+NUM_TRANSFERS = 4
+"""Parts of one file on their way at a time."""
+_UPLOAD_TOKEN = "mint-upload"  # noqa: S105 (no secret: it tells a writer that the finished object is its own)
 
 
 class StoredObject(NamedTuple):
@@ -49,51 +42,8 @@ class StoredObject(NamedTuple):
     modified: datetime
 
 
-class S3:
+class S3(Connection):
     """One bucket. Every method retries what can pass by itself until the deadline, and raises a `StoreError` else."""
-
-    def __init__(self, settings: S3Settings):
-        self.settings = settings
-        self._connecting = threading.Lock()
-
-    def __reduce__(self) -> tuple[type["S3"], tuple[S3Settings]]:
-        return S3, (self.settings,)
-
-    @functools.cached_property
-    def _session(self) -> Any:
-        import boto3
-
-        return boto3.session.Session()
-
-    @functools.cached_property
-    def client(self) -> Any:
-        """A boto3 client that never retries by itself, so that the deadline is ours."""
-        # A client serves many threads, but a session must not make two at once (boto3 guide, multithreading).
-        with self._connecting:
-            return self._connect()
-
-    def _connect(self) -> Any:
-        from botocore.config import Config
-
-        settings = self.settings
-        config = Config(
-            signature_version="s3v4",
-            retries={"total_max_attempts": 1},
-            connect_timeout=min(5.0, settings.retry_seconds),
-            read_timeout=max(1.0, settings.retry_seconds / 2),
-            s3={"addressing_style": "path" if settings.path_style else "virtual"},
-            # boto3's default trailers break some servers (aws-cli issue 9214); every PUT here carries its own sha256.
-            request_checksum_calculation="when_required",
-            response_checksum_validation="when_required",
-            proxies={} if settings.is_loopback else None,
-        )
-        return self._session.client(
-            "s3",
-            endpoint_url=settings.endpoint_url,
-            region_name=settings.region,
-            verify=str(settings.ca_bundle) if settings.ca_bundle else None,
-            config=config,
-        )
 
     def put(self, key: str, body: bytes) -> FileEntry:
         """Write one object; the server refuses it if its sha256 is not the one computed here."""
@@ -124,41 +74,52 @@ class S3:
             raise Conflict(f"{self.locate(key)} was written by somebody else first.") from lost
 
     def put_file(self, key: str, path: Path) -> FileEntry:
-        """Write a local file of any size with bounded memory; every part's sha256 is checked by the server."""
-        size = path.stat().st_size
-        part_bytes = max(PART_BYTES, -(-size // MAX_PARTS))
-        if size <= part_bytes:
-            return self.put(key, path.read_bytes())
-        whole, checksums = hashlib.sha256(), []
-        with path.open("rb") as file:
-            while part := file.read(part_bytes):
-                whole.update(part)
-                checksums.append(_base64(hashlib.sha256(part)))
-        upload = self._retry(key, "create_multipart_upload", Key=key, ChecksumAlgorithm="SHA256")["UploadId"]
+        """Write a local file of any size with bounded memory; every part's sha256 is checked by the server.
 
-        def put_part(index: int) -> dict[str, Any]:
+        Raises:
+            IntegrityError: the file changed meanwhile.
+        """
+        before = path.stat()
+        part_bytes = max(PART_BYTES, -(-before.st_size // MAX_PARTS))
+        if before.st_size <= part_bytes:
+            return self.put(key, path.read_bytes())
+        token = secrets.token_hex(16)
+        arguments = {"Key": key, "ChecksumAlgorithm": "SHA256", "Metadata": {_UPLOAD_TOKEN: token}}
+        upload = self._retry(key, "create_multipart_upload", **arguments)["UploadId"]
+        whole = hashlib.sha256()
+
+        def put_part(number: int, body: bytes) -> dict[str, Any]:
+            checksum = _base64(hashlib.sha256(body))
+            place = {"Key": key, "UploadId": upload, "PartNumber": number}
+            reply = self._retry(key, "upload_part", **place, Body=body, ChecksumSHA256=checksum)
+            return {"PartNumber": number, "ETag": reply["ETag"], "ChecksumSHA256": checksum}
+
+        def read_parts() -> Iterator[Callable[[], dict[str, Any]]]:
             with path.open("rb") as file:
-                file.seek(index * part_bytes)
-                body = file.read(part_bytes)
-            place = {"Key": key, "UploadId": upload, "PartNumber": index + 1}
-            reply = self._retry(key, "upload_part", **place, Body=body, ChecksumSHA256=checksums[index])
-            return {"PartNumber": index + 1, "ETag": reply["ETag"], "ChecksumSHA256": checksums[index]}
+                for number in itertools.count(1):
+                    body = file.read(part_bytes)
+                    if not body:
+                        return
+                    whole.update(body)
+                    yield functools.partial(put_part, number, body)
 
         try:
-            with ThreadPoolExecutor(max_workers=4) as pool:
-                parts = list(pool.map(put_part, range(len(checksums))))
-            self._complete_upload(key, upload, parts, size)
-        except StoreError:
+            parts = list(_run_ahead(read_parts()))
+            after = path.stat()
+            if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+                raise IntegrityError(f"{path} changed while it was stored as {self.locate(key)}. Store it again.")
+            self._complete_upload(key, upload, parts, token)
+        except (OSError, StoreError):
             self._abort_upload(key, upload)
             raise
-        return FileEntry(size=size, sha256=whole.hexdigest())
+        return FileEntry(size=before.st_size, sha256=whole.hexdigest())
 
-    def _complete_upload(self, key: str, upload: str, parts: list[dict[str, Any]], size: int) -> None:
+    def _complete_upload(self, key: str, upload: str, parts: list[dict[str, Any]], token: str) -> None:
         try:
             self._retry(key, "complete_multipart_upload", Key=key, UploadId=upload, MultipartUpload={"Parts": parts})
         except NotFound:
             # A completed upload is forgotten by the server: this is what a retry after a lost reply meets.
-            if self._retry(key, "head_object", Key=key)["ContentLength"] != size:
+            if self._retry(key, "head_object", Key=key)["Metadata"].get(_UPLOAD_TOKEN) != token:
                 raise
 
     def _abort_upload(self, key: str, upload: str) -> None:
@@ -173,12 +134,22 @@ class S3:
         Raises:
             NotFound: there is no such object.
         """
+        data, etag = b"", ""
 
-        def read() -> tuple[bytes, str]:
-            reply = self._request("get_object", Key=key)
-            return reply["Body"].read(), reply["ETag"]
+        def read() -> str:
+            nonlocal data, etag
+            reply = self._request("get_object", Key=key, ChecksumMode="ENABLED")
+            data, etag = b"".join(self._receive(reply)), reply["ETag"]
+            # Servers tell the sha256 that an object was written with; one of parts has another form.
+            told, found = reply.get("ChecksumSHA256"), _base64(hashlib.sha256(data))
+            return "" if told in (None, found) or "-" in told else "its sha256 is not the one it was written with"
 
-        return self._retry_action(key, read)
+        problem = self._read_twice(key, read)
+        if problem:
+            raise IntegrityError(
+                f"{self.locate(key)} is damaged: {problem}. It was not used. Restore it from a backup."
+            )
+        return data, etag
 
     def get_verified(self, key: str, entry: FileEntry, sink: IO[bytes]) -> None:
         """Copy one object to `sink`, which must be seekable, checking size and sha256 on the way.
@@ -186,30 +157,9 @@ class S3:
         Raises:
             IntegrityError: the object is missing, or is not what was committed, on two readings.
         """
-
-        def read() -> str:
-            sink.seek(0)
-            sink.truncate()
-            hasher, size = hashlib.sha256(), 0
-            body = self._request("get_object", Key=key)["Body"]
-            while chunk := body.read(CHUNK_BYTES):
-                size += len(chunk)
-                if size > entry.size:
-                    body.close()
-                    return f"it is longer than the committed {entry.size} bytes"
-                hasher.update(chunk)
-                sink.write(chunk)
-            if size != entry.size:
-                return f"it has {size} bytes where {entry.size} were committed"
-            if hasher.hexdigest() != entry.sha256:
-                return f"its sha256 is {hasher.hexdigest()} where {entry.sha256} was committed"
-            return ""
-
+        read = self._read_whole if entry.size <= PART_BYTES else self._read_parts
         try:
-            problem = self._retry_action(key, read)
-            if problem:
-                logger.warning("%s: %s; reading it once more", self.locate(key), problem)
-                problem = self._retry_action(key, read)
+            problem = self._read_twice(key, functools.partial(read, key, entry, sink))
         except NotFound:
             problem = "it is missing"
         if problem:
@@ -217,6 +167,60 @@ class S3:
                 f"{self.locate(key)} is damaged: {problem}. It was not used. Restore it from a backup, or make the "
                 "version again under a new number."
             )
+
+    def _read_twice(self, key: str, read: Callable[[], str]) -> str:
+        """What is wrong with an object: what `read` says, which is asked again in case only its way here was bad."""
+        problem = self._retry_action(key, read)
+        if problem:
+            logger.warning("%s: %s; reading it once more", self.locate(key), problem)
+            problem = self._retry_action(key, read)
+        return problem
+
+    def _read_whole(self, key: str, entry: FileEntry, sink: IO[bytes]) -> str:
+        sink.seek(0)
+        sink.truncate()
+        hasher, size = hashlib.sha256(), 0
+        reply = self._request("get_object", Key=key)
+        for chunk in self._receive(reply):
+            size += len(chunk)
+            if size > entry.size:
+                reply["Body"].close()
+                return f"it is longer than the committed {entry.size} bytes"
+            hasher.update(chunk)
+            sink.write(chunk)
+        if size != entry.size:
+            return f"it has {size} bytes where {entry.size} were committed"
+        return _compare(hasher, entry)
+
+    def _read_parts(self, key: str, entry: FileEntry, sink: IO[bytes]) -> str:
+        """Several ranges at a time, each retried for itself: a cut connection costs one of them."""
+        sink.seek(0)
+        sink.truncate()
+        hasher = hashlib.sha256()
+
+        def read_part(begin: int) -> bytes | str:
+            end = min(begin + PART_BYTES, entry.size)
+            try:
+                reply = self._request("get_object", Key=key, Range=f"bytes={begin}-{end - 1}")
+            except self.client.exceptions.ClientError as error:
+                if error.response["ResponseMetadata"]["HTTPStatusCode"] != 416:
+                    raise
+                return f"it ends before byte {begin} of the committed {entry.size}"
+            size = int(reply.get("ContentRange", "").rpartition("/")[2] or reply["ContentLength"])
+            if size != entry.size:
+                reply["Body"].close()
+                return f"it has {size} bytes where {entry.size} were committed"
+            return b"".join(self._receive(reply))
+
+        begins = range(0, entry.size, PART_BYTES)
+        tasks = (functools.partial(self._retry_action, key, functools.partial(read_part, begin)) for begin in begins)
+        with contextlib.closing(_run_ahead(tasks)) as parts:
+            for part in parts:
+                if isinstance(part, str):
+                    return part
+                hasher.update(part)
+                sink.write(part)
+        return _compare(hasher, entry)
 
     def get_file(self, key: str, entry: FileEntry, target: Path) -> None:
         """Copy one object to the local file `target`, which appears under its name when it is whole and checked.
@@ -266,10 +270,19 @@ class S3:
 
     def abort_uploads(self, prefix: str, *, before: datetime) -> int:
         """Forget unfinished multipart uploads below `prefix` that began before a time; returns how many."""
-        found = self._retry(prefix, "list_multipart_uploads", Prefix=prefix).get("Uploads", ())
-        stale = [item for item in found if item["Initiated"].astimezone(UTC) < before]
-        for item in stale:
-            self._retry(item["Key"], "abort_multipart_upload", Key=item["Key"], UploadId=item["UploadId"])
+        stale: dict[str, str] = {}
+        more: dict[str, str] = {}
+        while True:
+            page = self._retry(prefix, "list_multipart_uploads", Prefix=prefix, **more)
+            found = page.get("Uploads", ())
+            stale |= {item["UploadId"]: item["Key"] for item in found if item["Initiated"].astimezone(UTC) < before}
+            if not page.get("IsTruncated") or not found:
+                break
+            # SeaweedFS leaves the key out and goes by the upload alone.
+            key = page.get("NextKeyMarker") or found[-1]["Key"]
+            more = {"KeyMarker": key, "UploadIdMarker": page.get("NextUploadIdMarker") or found[-1]["UploadId"]}
+        for upload, key in stale.items():
+            self._retry(key, "abort_multipart_upload", Key=key, UploadId=upload)
         return len(stale)
 
     def create_bucket(self) -> None:
@@ -279,70 +292,25 @@ class S3:
         except Conflict:
             logger.debug("bucket %s exists", self.settings.bucket)
 
-    def arrow_filesystem(self) -> "pyarrow.fs.S3FileSystem":
-        """This server as a pyarrow filesystem.
 
-        Credentials that expire, as those of a workload identity, are left to Arrow's own AWS client, which finds them
-        in the same places and renews them: a training outlives them.
+def _run_ahead(tasks: Iterable[Callable[[], T]]) -> Generator[T, None, None]:
+    """The results of `tasks` in their order; `NUM_TRANSFERS` of them run at a time, and one more is taken.
 
-        Raises:
-            AccessDenied: there are no credentials.
-        """
-        from botocore.credentials import RefreshableCredentials
-        from botocore.exceptions import NoCredentialsError
-        from pyarrow import fs
+    Closing it, or a task that fails, waits for those that run.
+    """
+    waiting: collections.deque[Future[T]] = collections.deque()
+    with ThreadPoolExecutor(max_workers=NUM_TRANSFERS) as pool:
+        for task in tasks:
+            waiting.append(pool.submit(task))
+            if len(waiting) > NUM_TRANSFERS:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
-        credentials = self._session.get_credentials()
-        if credentials is None:
-            raise self._explain(NoCredentialsError(), "").error
-        keys: dict[str, str] = {}
-        if not isinstance(credentials, RefreshableCredentials):
-            keys = {"access_key": credentials.access_key, "secret_key": credentials.secret_key}
-            if credentials.token:
-                keys["session_token"] = credentials.token
-        url = urllib.parse.urlsplit(self.settings.endpoint_url)
-        return fs.S3FileSystem(
-            **keys,
-            region=self.settings.region,
-            scheme=url.scheme,
-            endpoint_override=url.netloc,
-            force_virtual_addressing=not self.settings.path_style,
-            tls_ca_file_path=str(self.settings.ca_bundle) if self.settings.ca_bundle else None,
-        )
 
-    def locate(self, key: str) -> str:
-        """`key` as a person finds it."""
-        return f"s3://{self.settings.bucket}/{key}"
-
-    def _retry(self, subject: str, operation: str, **arguments: Any) -> Any:
-        """The reply of one request about the key (or prefix) `subject`, repeated while repeating can help."""
-        return self._retry_action(subject, lambda: self._request(operation, **arguments))
-
-    def _retry_action(self, subject: str, action: Callable[[], T]) -> T:
-        from botocore.exceptions import BotoCoreError, ClientError
-
-        give_up = time.monotonic() + self.settings.retry_seconds
-        pause = FIRST_PAUSE_SECONDS
-        num_attempts = 0
-        while True:
-            num_attempts += 1
-            try:
-                return action()
-            except (BotoCoreError, ClientError) as cause:
-                fault = self._explain(cause, subject)
-                wait = random.uniform(pause / 2, pause)
-                is_late = time.monotonic() + wait > give_up and num_attempts >= MIN_ATTEMPTS
-                if not fault.can_pass or is_late:
-                    raise fault.error from cause
-                logger.info("%s; trying again", type(cause).__name__)
-                time.sleep(wait)
-                pause = min(2 * pause, MAX_PAUSE_SECONDS)
-
-    def _explain(self, cause: Exception, subject: str) -> Fault:
-        return explain_fault(cause, endpoint=self.settings.endpoint_url, bucket=self.settings.bucket, key=subject)
-
-    def _request(self, operation: str, **arguments: Any) -> Any:
-        return getattr(self.client, operation)(Bucket=self.settings.bucket, **arguments)
+def _compare(hasher: "hashlib._Hash", entry: FileEntry) -> str:
+    found = hasher.hexdigest()
+    return "" if found == entry.sha256 else f"its sha256 is {found} where {entry.sha256} was committed"
 
 
 def _base64(digest: "hashlib._Hash") -> str:

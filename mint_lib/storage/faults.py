@@ -18,6 +18,7 @@ _ACCESS_CODES = frozenset(
         "SignatureDoesNotMatch",
     )
 )
+_REGION_CODES = frozenset(("AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "PermanentRedirect"))
 _SKEW_CODES = frozenset(("RequestTimeTooSkewed", "RequestExpired"))
 _TAKEN_CODES = frozenset(("BucketAlreadyExists", "BucketAlreadyOwnedByYou", "PreconditionFailed"))
 _DAMAGE_CODES = frozenset(("BadDigest", "InvalidDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch"))
@@ -38,6 +39,8 @@ def explain_fault(cause: Exception, *, endpoint: str, bucket: str, key: str) -> 
 
     place = f"s3://{bucket}/{key} at {endpoint}"
     if isinstance(cause, exceptions.ClientError):
+        if cause.operation_name.startswith("AssumeRole"):
+            return _explain_role(cause, place=place)
         return _explain_reply(cause.response, place=place, bucket=bucket, endpoint=endpoint)
     if isinstance(cause, exceptions.SSLError):
         advice = "Name the authority's PEM file in MINT_S3_CA_BUNDLE."
@@ -58,6 +61,10 @@ def _explain_reply(reply: Any, *, place: str, bucket: str, endpoint: str) -> Fau
     if code in _SKEW_CODES:
         advice = "Set the clock of this machine (for instance with NTP) and try again."
         return Fault(AccessDenied(f"{place} refuses the request for clock skew ({told}). {advice}"), False)
+    if code in _REGION_CODES or status == 301:
+        told_region = f", which names {region}" if (region := _find_region(reply)) else ""
+        advice = "Set MINT_S3_REGION to the bucket's own region."
+        return Fault(StoreError(f"{place} lies in another region ({told}{told_region}). {advice}"), False)
     if code in _TAKEN_CODES or status == 412:
         return Fault(Conflict(f"{place} was written by somebody else first ({told})."), False)
     if code in _BUSY_CODES or status in (409, 429):
@@ -76,6 +83,20 @@ def _explain_reply(reply: Any, *, place: str, bucket: str, endpoint: str) -> Fau
     if status >= 500:
         return Fault(_miss(place, told), True)
     return Fault(StoreError(f"{place}: the server refuses the request ({told})."), False)
+
+
+def _explain_role(cause: Any, *, place: str) -> Fault:
+    """What a token service says that was to give credentials for a workload identity."""
+    status = int(cause.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    told = f"{cause.operation_name}: HTTP {status} {cause.response.get('Error', {}).get('Code', '')}"
+    if status >= 500 or status == 429:
+        return Fault(_miss(place, told), True)
+    return Fault(_deny(place, f"the token service gives no credentials, {told}"), False)
+
+
+def _find_region(reply: Any) -> str:
+    headers = reply.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    return str(headers.get("x-amz-bucket-region") or reply.get("Error", {}).get("Region") or "")
 
 
 def _deny(place: str, cause: str) -> AccessDenied:

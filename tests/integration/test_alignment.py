@@ -47,8 +47,8 @@ def make_pairs(first_case, num_cases):
 
 def write_preferences(store, *, train, validation):
     with store.write("preferences", "test") as version:
-        version.add_rows("train.parquet", train, pair_schema())
-        version.add_rows("validation.parquet", validation, pair_schema())
+        version.add_rows("train", train, pair_schema())
+        version.add_rows("validation", validation, pair_schema())
         version.add_json("labels.json", [label.model_dump(mode="json") for label in LABELS])
         version.add_bytes("template.yaml", TEMPLATE.data)
         return version.commit(StageRecord(stage="preferences", config={}, inputs={}, code_version="test"))

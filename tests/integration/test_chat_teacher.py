@@ -70,7 +70,7 @@ def write_cases(store: Store, *, with_image: bool = False) -> Reference:
                 )
                 for number, text in enumerate(TEXTS)
             ]
-            version.add_rows(f"{split}.parquet", rows, case_schema())
+            version.add_rows(split, rows, case_schema())
         version.add_json("labels.json", [label.model_dump(mode="json") for label in serving_process.LABELS])
         return version.commit(StageRecord(stage="data", config={}, inputs={}, code_version="test"))
 
@@ -85,7 +85,7 @@ def make_config(url: str, **changes: Any) -> TeacherConfig:
 
 
 def read_rankings(store: Store, reference: Reference) -> dict[str, Ranking]:
-    return {row.case_id: row for split in SPLITS for row in store.read_rows(reference, f"{split}.parquet", Ranking)}
+    return {row.case_id: row for split in SPLITS for row in store.read_rows(reference, split, Ranking)}
 
 
 def read_calls(cache: pathlib.Path) -> list[list[dict[str, Any]]]:

@@ -46,7 +46,7 @@ def write_cases(store: Store) -> Reference:
                 )
                 for n in range(size)
             ]
-            version.add_rows(f"{split}.parquet", rows, case_schema())
+            version.add_rows(split, rows, case_schema())
         version.add_json("labels.json", [label.model_dump(mode="json") for label in LABELS])
         return version.commit(make_record("data"))
 
@@ -59,7 +59,7 @@ def write_rankings(store: Store, name: str, *, label_ids: tuple[str, ...] = IDS)
             share = 1 / len(order)
             values = {"label_ids": order, "probabilities": (share,) * len(order), "teacher_digest": "sha256:0"}
             rows.append(Ranking(case_id=f"test-{n}", **values))
-        version.add_rows("test.parquet", rows, ranking_schema())
+        version.add_rows("test", rows, ranking_schema())
         version.add_json("qualification.json", {"teacher_digest": "sha256:0"})
         return version.commit(make_record("teacher"))
 
@@ -123,7 +123,7 @@ def evaluate(store: Store, students: dict[str, Reference], **values: Any) -> Ref
 def test_evaluation_measures_all_systems_and_writes_a_whole_report(store: Store, tmp_path: pathlib.Path) -> None:
     students = {"orpo": write_student(store, tmp_path, "orpo"), "sft": write_student(store, tmp_path, "sft")}
     reference = evaluate(store, students, baselines={"ontology": write_rankings(store, "ontology")})
-    written = {"report.html", "report.json", "predictions.parquet", "calibration.json", "record.json"}
+    written = {"report.html", "report.json", "predictions", "calibration.json", "record.json"}
     assert set(store.files(reference)) == written
     report = EvaluationReport.model_validate(store.read_json(reference, "report.json"))
     assert list(report.order) == ["orpo", "sft", "base", "teacher", "ontology", "majority", "chance"]
@@ -133,7 +133,7 @@ def test_evaluation_measures_all_systems_and_writes_a_whole_report(store: Store,
     assert report.systems["orpo"] == report.systems["sft"]
     assert not report.gate.passed
     assert report.inputs["students.orpo"] == str(students["orpo"])
-    rows = store.read_rows(reference, "predictions.parquet", Prediction)
+    rows = store.read_rows(reference, "predictions", Prediction)
     assert len(rows) == 7 * 11
     assert all(abs(sum(row.probabilities) - 1) < 1e-6 for row in rows)
     record = store.record(reference)
@@ -147,7 +147,7 @@ def test_evaluation_measures_a_student_of_which_all_weights_were_trained(store: 
     }
     reference = evaluate(store, students, config=make_config(config={}))
     scores: dict[str, list[tuple[float, ...]]] = {}
-    for row in store.read_rows(reference, "predictions.parquet", Prediction):
+    for row in store.read_rows(reference, "predictions", Prediction):
         scores.setdefault(row.system, []).append(row.probabilities)
     # The same adapter, beside the base's weights and added to them: float32 sums in another order.
     np.testing.assert_allclose(scores["whole"], scores["orpo"], atol=1e-4)
@@ -164,7 +164,7 @@ def test_evaluation_calibrates_the_first_run_of_the_main_student_on_validation_c
     assert found.num_cases == 4  # of five, one has no text
     tokenizer = load_tokenizer(STUDENT)
     model = load_student(STUDENT, tmp_path / "orpo-1")
-    rows = [row for row in store.read_rows(store.resolve("cases/tiny"), "validation.parquet", Case) if row.text]
+    rows = [row for row in store.read_rows(store.resolve("cases/tiny"), "validation", Case) if row.text]
     scores = rank_labels(
         model, TextReader(tokenizer), TEMPLATE, LABELS, [TEMPLATE.prompt(row.text or "") for row in rows]
     )
@@ -202,7 +202,7 @@ def test_evaluation_of_several_seeds_reports_the_arm(store: Store, tmp_path: pat
     reference = evaluate(store, students)
     report = EvaluationReport.model_validate(store.read_json(reference, "report.json"))
     assert report.runs["orpo"] == 2
-    assert len(store.read_rows(reference, "predictions.parquet", Prediction)) == 6 * 11
+    assert len(store.read_rows(reference, "predictions", Prediction)) == 6 * 11
 
 
 def test_evaluation_of_a_student_of_another_base_refuses_and_writes_nothing(

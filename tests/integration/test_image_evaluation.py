@@ -38,7 +38,7 @@ def write_inputs(
     labels = [label.model_dump(mode="json") for label in LABELS]
     with store.write("cases", "tissue") as version:
         for split, size in (("train", 12), ("validation", 12), ("test", NUM_TEST)):
-            version.add_rows(f"{split}.parquet", make_cases(split, size, synthetic=synthetic), case_schema())
+            version.add_rows(split, make_cases(split, size, synthetic=synthetic), case_schema())
         version.add_json("labels.json", labels)
         cases = version.commit(make_record("data", notes=notes))
     with store.write("rankings", "tissue") as version:
@@ -47,7 +47,7 @@ def write_inputs(
             order = (str(case.label_id), *(key for key in IDS if key != case.label_id))
             values = {"label_ids": order, "probabilities": (0.8, 0.1, 0.1), "teacher_digest": "sha256:0"}
             rows.append(Ranking(case_id=case.case_id, **values))
-        version.add_rows("test.parquet", rows, ranking_schema())
+        version.add_rows("test", rows, ranking_schema())
         version.add_json("qualification.json", {"teacher_digest": "sha256:0"})
         rankings = version.commit(make_record("teacher"))
     with store.write("preferences", "tissue") as version:
@@ -120,7 +120,7 @@ def test_a_student_that_looks_is_measured_passes_the_probe_and_is_registered(
     assert follows is not None
     assert follows.value == pytest.approx(top_1, abs=0.1)
     assert "calibration.json" in store.files(report)
-    assert len(store.read_rows(report, "predictions.parquet", Prediction)) == 5 * NUM_TEST
+    assert len(store.read_rows(report, "predictions", Prediction)) == 5 * NUM_TEST
     model = register(store, student, report)
     card = ModelCard.model_validate(store.read_json(model, "card.json"))
     assert card.grounding == found.grounding

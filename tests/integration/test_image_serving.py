@@ -269,7 +269,7 @@ def test_image_student_in_int8_is_compared_on_its_own_images(
                 )
                 for n in range(12)
             ]
-            version.add_rows(f"{split}.parquet", rows, case_schema())
+            version.add_rows(split, rows, case_schema())
         cases = version.commit(make_record("data"))
     try:
         student = load(store, engines, write_image_model(store, tuned, cases=cases), precision="int8")

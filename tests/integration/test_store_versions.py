@@ -60,13 +60,13 @@ def test_version_written_is_read_back(store: Store, tmp_path: Path):
     (folder / "deep/weights.safetensors").write_bytes(b"w" * 5000)
     (folder / "config.json").write_text("{}")
     with store.write("cases", "demo") as writer:
-        writer.add_rows("train.parquet", cases, case_schema())
+        writer.add_rows("train", cases, case_schema())
         writer.add_json("labels.json", [{"id": "OMIM:1", "name": "é"}])
         writer.add_folder("adapter", folder)
         reference = writer.commit(RECORD)
 
     assert str(reference).startswith("cases/demo@v000001#sha256:")
-    assert store.read_rows(reference, "train.parquet", Case) == cases
+    assert store.read_rows(reference, "train", Case) == cases
     assert store.read_json(reference, "labels.json") == [{"id": "OMIM:1", "name": "é"}]
     assert store.record(reference) == RECORD
     assert "pyarrow" in store.environment(reference)

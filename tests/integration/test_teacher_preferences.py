@@ -48,7 +48,7 @@ def write_cases(store, name="toy", *, test_column=None, label_validation=True):
         rows["test"] = [case.model_copy(update={"label_id": LABELS[test_column].id}) for case in rows["test"]]
     with store.write("cases", name) as version:
         for split in SPLITS:
-            version.add_rows(f"{split}.parquet", rows[split], case_schema())
+            version.add_rows(split, rows[split], case_schema())
         version.add_json("labels.json", [label.model_dump(mode="json") for label in LABELS])
         return version.commit(StageRecord(stage="data", config={}, inputs={}, code_version="test"))
 
@@ -67,10 +67,8 @@ def test_teacher_writes_qualified_calibrated_rankings_of_every_case(store):
     cases = write_cases(store)
     rankings = rank_cases(make_teacher_config(floor={"metric": "top_1", "value": 0.5}), store=store, cases=cases)
     for split in SPLITS:
-        rows = store.read_rows(rankings, f"{split}.parquet", Ranking)
-        assert [row.case_id for row in rows] == [
-            case.case_id for case in store.read_rows(cases, f"{split}.parquet", Case)
-        ]
+        rows = store.read_rows(rankings, split, Ranking)
+        assert [row.case_id for row in rows] == [case.case_id for case in store.read_rows(cases, split, Case)]
         assert all(set(row.label_ids) == {label.id for label in LABELS} for row in rows)
     facts = store.read_json(rankings, "qualification.json")
     assert facts["metrics"]["top_1"]["value"] >= 0.5
@@ -100,7 +98,7 @@ def test_teacher_never_reads_the_labels_of_test(store):
         rank_cases(make_teacher_config(), store=store, cases=write_cases(store, f"toy-{column}", test_column=column))
         for column in (0, 3)
     ]
-    rows = [store.read_rows(reference, "test.parquet", Ranking) for reference in references]
+    rows = [store.read_rows(reference, "test", Ranking) for reference in references]
     assert rows[0] == rows[1]
 
 
@@ -123,18 +121,18 @@ def test_pairs_of_unlabelled_cases_follow_the_teacher_and_carry_their_template(s
     cases = write_cases(store)
     rankings = rank_cases(make_teacher_config(), store=store, cases=cases)
     reference = build_pairs(make_preferences_config(pairs_per_case=3), store=store, cases=cases, rankings=rankings)
-    pairs = store.read_rows(reference, "train.parquet", PreferencePair)
-    ranked = {row.case_id: row for row in store.read_rows(rankings, "train.parquet", Ranking)}
+    pairs = store.read_rows(reference, "train", PreferencePair)
+    ranked = {row.case_id: row for row in store.read_rows(rankings, "train", Ranking)}
     assert len(pairs) == 48 * 3
     assert all(pair.chosen_label_ids == ranked[pair.case_id].label_ids[:1] for pair in pairs)
     assert len({(pair.case_id, pair.rejected) for pair in pairs}) == len(pairs)
     template = Template.from_bytes(store.read_bytes(reference, "template.yaml"))
-    texts = {case.case_id: case.text for case in store.read_rows(cases, "train.parquet", Case)}
+    texts = {case.case_id: case.text for case in store.read_rows(cases, "train", Case)}
     assert all(pair.prompt == template.prompt(texts[pair.case_id]) for pair in pairs)
     assert {pair.template_digest for pair in pairs} == {template.digest}
     checks = store.read_json(reference, "checks.json")
     assert checks["train"]["num_pairs_without_diagnosis"] == 16 * 3
-    assert "test.parquet" not in store.files(reference)
+    assert "test" not in store.files(reference)
 
 
 def test_pairs_that_do_not_fit_the_window_write_nothing_and_tell_no_content(store):

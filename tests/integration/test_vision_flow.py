@@ -46,8 +46,8 @@ def test_aligned_student_starts_from_the_one_that_learned_to_describe(done, stor
 
 
 def test_questions_hold_the_tile_and_nothing_that_the_teacher_read(done, store):
-    cases = {case.case_id: case for case in store.read_rows(store.resolve("cases/tiny-vision"), "train.parquet", Case)}
-    pairs = store.read_rows(store.resolve("preferences/tiny-vision"), "train.parquet", PreferencePair)
+    cases = {case.case_id: case for case in store.read_rows(store.resolve("cases/tiny-vision"), "train", Case)}
+    pairs = store.read_rows(store.resolve("preferences/tiny-vision"), "train", PreferencePair)
     assert len({pair.prompt for pair in pairs}) == 1
     assert all(pair.images == (cases[pair.case_id].image,) for pair in pairs)
     assert all(case.synthetic and case.text for case in cases.values())

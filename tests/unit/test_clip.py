@@ -463,7 +463,7 @@ def test_clip_folder_without_a_clip_model_is_refused(tmp_path):
 
 def test_clip_teacher_of_photo_and_text_gives_a_text_student_pairs_without_any_image(fitted):
     from mint_lib.pair_checks import PairChecker
-    from mint_lib.preferences import PreferencesConfig, pair_split
+    from mint_lib.preferences import PreferencesConfig, SplitFacts, pair_split
     from mint_lib.student import StudentConfig, load_reader
     from mint_lib.teacher import rank_scores
     from mint_lib.template import Template
@@ -476,7 +476,9 @@ def test_clip_teacher_of_photo_and_text_gives_a_text_student_pairs_without_any_i
     config = PreferencesConfig(name="toy", seed=1, student=student, top_k=1, bottom_q=1)
     template = Template.load(config.template).with_num_answers(1)
     checker = PairChecker(load_reader(student), template, LABELS, student.window_tokens)
-    pairs, checks = pair_split(cases, rankings, LABELS, config, checker, "train")
+    facts = SplitFacts()
+    pairs = list(pair_split(cases, rankings, LABELS, config, checker, "train", facts))
+    checks = facts.describe()
     assert [pair.case_id for pair in pairs] == [case.case_id for case in cases if case.text]
     assert all(pair.images == () for pair in pairs)
     assert checks["dropped"] == {"no_text": 1}

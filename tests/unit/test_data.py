@@ -93,7 +93,7 @@ def config(**changes: Any) -> DataConfig:
 def test_prepare_cases_writes_splits_labels_and_record(store: Store, give_rows) -> None:
     give_rows([row(number, image=encode(number) if number % 4 == 0 else None) for number in range(40)])
     reference = prepare_cases(config(split={"train": 14, "validation": 2, "test": 4}), store=store)
-    splits = {split: store.read_rows(reference, f"{split}.parquet", Case) for split in SPLITS}
+    splits = {split: store.read_rows(reference, split, Case) for split in SPLITS}
     assert {split: len(cases) for split, cases in splits.items()} == {"train": 28, "validation": 4, "test": 8}
     for cases in splits.values():
         assert collections.Counter(case.label_id for case in cases) == {"D:1": len(cases) / 2, "D:2": len(cases) / 2}
@@ -184,7 +184,7 @@ def test_prepare_cases_test_source_replaces_the_test_split(store: Store, give_ro
     test_rows = [row(number, synthetic=False) for number in range(100, 105)]
     give_rows([row(number) for number in range(20)], test_rows)
     reference = prepare_cases(config(test_source={"source": "list"}), store=store)
-    test_cases = store.read_rows(reference, "test.parquet", Case)
+    test_cases = store.read_rows(reference, "test", Case)
     assert [case.case_id for case in test_cases] == [item.case_id for item in test_rows]
     counts = store.record(reference).counts
     assert counts["train/cases"] + counts["validation/cases"] == 20
@@ -196,11 +196,11 @@ def test_prepare_cases_few_label_mode_withholds_by_patient(store: Store, give_ro
     rows += [row(number + 100, group_id=f"patient-{number}", label_id=rows[number].label_id) for number in range(40)]
     give_rows(rows)
     reference = prepare_cases(config(labelled_per_label=2), store=store)
-    train = store.read_rows(reference, "train.parquet", Case)
+    train = store.read_rows(reference, "train", Case)
     labelled = {(case.label_id, case.group_id) for case in train if case.label_id}
     assert collections.Counter(label_id for label_id, _ in labelled) == {"D:1": 2, "D:2": 2}
     assert len([case for case in train if case.label_id]) == 8
-    assert all(case.label_id for case in store.read_rows(reference, "validation.parquet", Case))
+    assert all(case.label_id for case in store.read_rows(reference, "validation", Case))
 
 
 def test_prepare_cases_split_by_image_deals_tiles_of_one_patient_and_calls_it_a_leak(store: Store, give_rows) -> None:
@@ -210,14 +210,14 @@ def test_prepare_cases_split_by_image_deals_tiles_of_one_patient_and_calls_it_a_
     assert not any("LEAK" in note for note in store.record(apart).notes)
     dealt = prepare_cases(config(split_by="image"), store=store)
     assert store.record(dealt).notes[0].startswith("LEAK: split by image (data.split_by), not by patient: 4 of 4")
-    groups = [{case.group_id for case in store.read_rows(dealt, f"{split}.parquet", Case)} for split in SPLITS]
+    groups = [{case.group_id for case in store.read_rows(dealt, split, Case)} for split in SPLITS]
     assert groups[0] & groups[2]
 
 
 def test_prepare_cases_split_by_image_still_keeps_identical_images_together(store: Store, give_rows) -> None:
     give_rows([row(number, image=encode(number // 4)) for number in range(40)])
     reference = prepare_cases(config(split_by="image"), store=store)
-    images = [{case.image for case in store.read_rows(reference, f"{split}.parquet", Case)} for split in SPLITS]
+    images = [{case.image for case in store.read_rows(reference, split, Case)} for split in SPLITS]
     assert not images[0] & images[1] | images[0] & images[2] | images[1] & images[2]
     give_rows([row(0, image=encode(1), split="train"), row(1, image=encode(1), split="test")])
     with pytest.raises(RefusedData, match="image in train and test"):
@@ -232,7 +232,7 @@ def test_prepare_cases_equal_descriptions_of_images_bind_no_patients(
         prepare_cases(config(), store=store)
     monkeypatch.setattr(ListSource, "describes_images", True)
     reference = prepare_cases(config(), store=store)
-    assert [len(store.read_rows(reference, f"{split}.parquet", Case)) for split in SPLITS] == [28, 6, 6]
+    assert [len(store.read_rows(reference, split, Case)) for split in SPLITS] == [28, 6, 6]
 
 
 def test_prepare_cases_labels_of_one_name_are_refused(store: Store, give_rows, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -293,7 +293,7 @@ def test_prepare_cases_monuseg_is_split_by_patient_with_descriptions(store: Stor
     config = {"name": "m", "seed": 3, "source": "image_table", "config": MONUSEG | {"size_pixels": 128}}
     config |= {"split": {"train": 0.6, "validation": 0.2, "test": 0.2}}
     reference = prepare_cases(DataConfig.model_validate(config), store=store)
-    splits = {split: store.read_rows(reference, f"{split}.parquet", Case) for split in SPLITS}
+    splits = {split: store.read_rows(reference, split, Case) for split in SPLITS}
     cases = [case for split in SPLITS for case in splits[split]]
     assert (len(cases), len({case.group_id for case in cases})) == (384, 24)
     patients = [{case.group_id for case in splits[split]} for split in SPLITS]

@@ -91,7 +91,7 @@ class CaseStore:
     def read_rows(self, reference: Reference, path: str, row_type: type[Case]) -> list[Case]:
         assert reference == CASES
         half = len(self.texts) // 2
-        texts = {"validation.parquet": self.texts[:half], "test.parquet": self.texts[half:]}[path]
+        texts = {"validation": self.texts[:half], "test": self.texts[half:]}[path]
         return [
             Case(case_id=text, group_id=text, text=text, label_id="x", source="t", synthetic=True) for text in texts
         ]

@@ -120,7 +120,7 @@ def test_prepare_cases_random_split_of_pannuke_needs_split_by_image(tmp_path: pa
     write_folds(tmp_path, tiles=24)
     values: dict[str, Any] = {"name": "p", "seed": 1, "source": "pannuke", "config": {"path": str(tmp_path)}}
     reference = prepare_cases(DataConfig.model_validate(values), store=store)
-    assert [len(store.read_rows(reference, f"{split}.parquet", Case)) for split in SPLITS] == [24, 24, 24]
+    assert [len(store.read_rows(reference, split, Case)) for split in SPLITS] == [24, 24, 24]
     assert any("no patient ids" in note for note in store.record(reference).notes)
     assert not any("LEAK" in note for note in store.record(reference).notes)
     values["config"]["splits"] = None

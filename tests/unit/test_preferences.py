@@ -8,6 +8,7 @@ from mint_lib.errors import InvalidInput, PromptTooLong, RefusedData
 from mint_lib.pair_checks import PairChecker, Preference
 from mint_lib.preferences import (
     PreferencesConfig,
+    SplitFacts,
     build_pairs,
     check_label_set,
     draw_preferences,
@@ -62,7 +63,13 @@ def make_ranking(number, *, first=0):
 def pair_toy(config, tokenizer, cases, rankings, split="train"):
     template = Template.load(config.template).with_num_answers(config.top_k)
     checker = PairChecker(TextReader(tokenizer), template, LABELS, config.student.window_tokens)
-    return pair_split(cases, rankings, LABELS, config, checker, split)
+    return collect_pairs(cases, rankings, config, checker, split)
+
+
+def collect_pairs(cases, rankings, config, checker, split):
+    facts = SplitFacts()
+    pairs = list(pair_split(cases, rankings, LABELS, config, checker, split, facts))
+    return pairs, facts.describe()
 
 
 def make_toy(num_cases=6, **changes):
@@ -310,7 +317,7 @@ def make_tiles(num_cases=4):
 def pair_tiles(config, cases, rankings):
     template = Template.load(config.template).with_num_answers(config.top_k).with_label_names(LABELS)
     checker = PairChecker(load_reader(SEEING), template, LABELS, config.student.window_tokens)
-    return pair_split(cases, rankings, LABELS, config, checker, "train")
+    return collect_pairs(cases, rankings, config, checker, "train")
 
 
 def test_preferences_of_an_image_student_hold_the_image_and_nothing_that_the_teacher_read():

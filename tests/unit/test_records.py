@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from mint_lib import errors
 from mint_lib.errors import InvalidInput, RefusedData
 from mint_lib.records import KINDS, Case, Finding, PreferencePair, Ranking, Reference, Turn
-from mint_lib.rows import case_schema, pair_schema, parquet_to_rows, ranking_schema, rows_to_parquet
+from mint_lib.rows import case_schema, iterate_parquet, pair_schema, ranking_schema, write_shards
 
 REFERENCE = "preferences/rare-disease@v000003#sha256:" + "ab" * 32
 
@@ -97,10 +97,12 @@ def test_pair_with_a_label_on_both_sides_is_refused():
         (_pair(), pair_schema),
     ],
 )
-def test_row_written_and_read_is_the_same_and_its_bytes_repeat(row, schema):
-    data = rows_to_parquet([row], schema())
-    assert parquet_to_rows(data, type(row)) == [row]
-    assert rows_to_parquet([row], schema()) == data
+def test_row_written_and_read_is_the_same_and_its_bytes_repeat(row, schema, tmp_path):
+    (path,) = write_shards([row], schema(), tmp_path)
+    data = path.read_bytes()
+    assert list(iterate_parquet(path, type(row))) == [row]
+    (path,) = write_shards([row], schema(), tmp_path)
+    assert path.read_bytes() == data
 
 
 @pytest.mark.parametrize("name", [name for name in vars(errors) if isinstance(vars(errors)[name], type)])

@@ -79,7 +79,7 @@ def test_prepare_cases_default_tissue_splits_by_patient_and_says_that_it_is_draw
     config = {"patients_per_label": 10, "tiles_per_patient": 2, "size_pixels": 32}
     values = {"name": "tissue", "seed": 1, "source": "simulated_tissue", "config": config}
     reference = prepare_cases(DataConfig.model_validate(values), store=store)
-    groups = [{case.group_id for case in store.read_rows(reference, f"{split}.parquet", Case)} for split in SPLITS]
+    groups = [{case.group_id for case in store.read_rows(reference, split, Case)} for split in SPLITS]
     assert sum(map(len, groups)) == len(set().union(*groups)) == 80
     assert "not real histology" in store.record(reference).notes[0]
 
