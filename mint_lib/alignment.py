@@ -12,6 +12,7 @@ import tempfile
 from typing import TYPE_CHECKING, Any, cast
 
 from mint_lib.errors import InvalidInput
+from mint_lib.gate.verdict import require_passed
 from mint_lib.plugins import load_plugin, parse_plugin_config
 from mint_lib.records import Reference, StageRecord, code_version
 from mint_lib.template import Template
@@ -34,9 +35,10 @@ def align_student(
     Training begins with the base, or with what `start`, a version of `student`, trained on it. The result holds both.
 
     Raises:
-        InvalidInput: there are no training or no validation pairs, the pairs hold images and the student reads none or
+        InvalidInput: the gate never judged the pairs, there are none for training or validation, they hold images and the student reads none or
             the other way round, the batch cannot be divided over the workers, or `start` is of another base or holds
             trained weights that this training has no place for.
+        GateFailed: the gate refused the pairs.
         PromptTooLong: a prompt and its answer exceed the student's window, and such prompts are not to be cut.
         RefusedData: a loss or gradient is not finite; carries the case ids.
         OutOfMemory: a pass does not fit the memory; names its shape.
@@ -47,6 +49,7 @@ def align_student(
     check_method(config, method)
     if config.deepspeed is not None:
         check_deepspeed(config.deepspeed)
+    require_passed(store, preferences)
     if start is not None:
         check_start(config, start, store)
     key = f"{config.model_dump_json()} {preferences.digest} {code_version()}"

@@ -16,12 +16,16 @@ import warnings
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 
 from mint_lib.additions import KnownCases, limit_labels, place_additions
 from mint_lib.errors import InvalidInput, RefusedData
+from mint_lib.gate.material import GateMaterial
+from mint_lib.gate.report import GateReport
+from mint_lib.gate.settings import GateConfig
+from mint_lib.gate.verdict import add_report, choose_kind, enforce, read_report
 from mint_lib.plugins import load_plugin, parse_plugin_config
 from mint_lib.records import SPLITS, Case, Finding, Label, Name, Reference, Split, StageRecord, code_version
 from mint_lib.rows import case_schema
@@ -82,6 +86,8 @@ class DataConfig(SourceConfig):
     """Pixels of an image above which its row is refused before decoding (decompression bombs)."""
     max_image_bytes: int = Field(default=20_971_520, ge=1)
     """Encoded size of an image above which its row is refused."""
+    gate: GateConfig = GateConfig()
+    """What the cases must satisfy as a whole; the preferences stage judges them again, with its pairs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,13 +233,16 @@ def prepare_cases(config: DataConfig, *, store: "Store", base: Reference | None 
         counts = _add_counts(counts, store.record(base).counts)
         notes = list(dict.fromkeys([*store.record(base).notes, *notes]))
         inputs["base"] = str(base)
-    with store.write("cases", config.name, base=base) as version:
+    report = _judge(config, store, splits, labels, base, describes_images=contents == ("image",))
+    kind = choose_kind(report, "cases")
+    with store.write(kind, config.name, base=base if kind == "cases" else None) as version:
         for split in SPLITS:
-            if base is not None:
+            if base is not None and kind == "cases":
                 version.carry_table(split)
             if splits[split] or base is None:
                 version.add_rows(split, splits[split], case_schema())
         version.add_json("labels.json", [label.model_dump(mode="json") for label in labels])
+        add_report(version, report)
         reference: Reference = version.commit(
             StageRecord(
                 stage="data",
@@ -247,7 +256,36 @@ def prepare_cases(config: DataConfig, *, store: "Store", base: Reference | None 
     sizes = ", ".join(f"{len(splits[split])} {split}" for split in SPLITS)
     verb = "written" if base is None else f"added to {base.version}"
     logger.info("data: %s cases of %d labels, %s as %s", sizes, len(labels), verb, reference)
+    enforce(report, reference)
     return reference
+
+
+def _judge(
+    config: DataConfig,
+    store: "Store",
+    splits: Mapping[Split, list[Case]],
+    labels: list[Label],
+    base: Reference | None,
+    *,
+    describes_images: bool,
+) -> GateReport:
+    """The gate's verdict on the cases, those of the base among them."""
+    from mint_lib.gate.judge import judge_data
+
+    gate = config.gate
+    if config.split_by == "image":
+        gate = gate.model_copy(update={"max_shared_patients": None})
+
+    def read(split: Split) -> Iterator[Case]:
+        if base is not None:
+            yield from store.iterate_rows(base, split, Case)
+        yield from splits[split]
+
+    previous = read_report(store, base) if base is not None else None
+    reads: Literal["text", "image"] = "image" if describes_images else "text"
+    return judge_data(
+        gate, GateMaterial(name=config.name, labels=labels, cases=read, reads=reads, previous=previous)
+    )
 
 
 def read_labels(store: "Store", cases: Reference) -> list[Label]:

@@ -1,10 +1,11 @@
 """Preferences: turns a teacher's rankings into prompts with a chosen and a rejected answer.
 
 Goes in: a version of `cases` and the `rankings` of a teacher for it. Comes out: a version of `preferences` with the
-pairs of train and validation, the template file that made their prompts, the label set, and `checks.json`. Of a case,
+pairs of train and validation, the template file that made their prompts, the label set, `checks.json` and the verdict
+of the gate; or, if that refused them, a version of `quarantine` and an error. Of a case,
 only the text or only the image reaches a prompt, as the student reads: what the teacher saw beside it, the student
 learns from the ranking. Everything is checked as the student's own tokenizer and image processor read it, before
-anything is written. Test cases are not read.
+anything is written. Test cases are read by the gate alone, which looks for leaks.
 """
 
 import hashlib
@@ -20,10 +21,14 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
 from mint_lib.errors import InvalidInput, PromptTooLong, RefusedData
+from mint_lib.gate.material import GateMaterial
+from mint_lib.gate.report import GateReport
+from mint_lib.gate.settings import GateConfig
+from mint_lib.gate.verdict import add_report, choose_kind, enforce, read_report
 from mint_lib.pair_checks import PairChecker, PairStatistics, Preference
 from mint_lib.progress import track_progress
 from mint_lib.records import Case, Label, Name, PreferencePair, Ranking, Reference, Split, StageRecord, code_version
-from mint_lib.rows import pair_schema, write_shards
+from mint_lib.rows import iterate_parquet, pair_schema, write_shards
 from mint_lib.student import StudentConfig, load_reader
 from mint_lib.template import Template, normalise_name
 
@@ -77,6 +82,9 @@ class PreferencesConfig(BaseModel):
     """Draw at most this many validation cases; none: all."""
     max_refused_share: float = Field(default=0.05, ge=0.0, lt=1.0)
     """Share of cases that may be refused by a check (prompt too long, control tokens) before the set is refused."""
+    gate: GateConfig = GateConfig()
+    """What the pairs, and the cases behind them, must satisfy before anything is trained on them. The controls of a
+    study contradict the truth by design, which then does not decide."""
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
@@ -129,16 +137,19 @@ def build_pairs(
             folder.mkdir()
             shards[split] = list(write_shards(pairs, pair_schema(), folder))
         checks = {split: found.describe() for split, found in facts.items()}
+        report = _judge(config, store, cases, labels, shards, facts, previous)
         sizes = " and ".join(f"{found.statistics.num_pairs} {split}" for split, found in facts.items())
         logger.info("preferences: %s pairs", sizes)
-        base = previous if previous is not None and previous.name == config.name else None
-        with store.write("preferences", config.name, base=base) as version:
+        kind = choose_kind(report, "preferences")
+        base = previous if previous is not None and (previous.kind, previous.name) == (kind, config.name) else None
+        with store.write(kind, config.name, base=base) as version:
             for split in _PAIRED_SPLITS:
                 version.add_shards(split, shards[split])
             version.add_json("labels.json", [label.model_dump(mode="json") for label in labels])
             version.add_bytes("template.yaml", template.data)
             version.add_json("checks.json", {"policy": describe_policy(config), "num_labels": len(labels), **checks})
-            return version.commit(
+            add_report(version, report)
+            reference: Reference = version.commit(
                 StageRecord(
                     stage="preferences",
                     config=config.model_dump(mode="json"),
@@ -148,6 +159,38 @@ def build_pairs(
                     counts=_flatten_counts(checks),
                 )
             )
+    enforce(report, reference)
+    return reference
+
+
+def _judge(
+    config: PreferencesConfig,
+    store: "Store",
+    cases: Reference,
+    labels: Sequence[Label],
+    shards: Mapping[Split, Sequence[pathlib.Path]],
+    facts: Mapping[Split, SplitFacts],
+    previous: Reference | None,
+) -> GateReport:
+    """The gate's verdict on pairs that lie in local files, and on the cases behind them."""
+    from mint_lib.gate.judge import judge_data
+
+    gate = config.gate
+    if config.control != "none":
+        gate = gate.model_copy(update={"allow_contradiction": True})
+    if store.record(cases).config.get("split_by") == "image":
+        gate = gate.model_copy(update={"max_shared_patients": None})
+    material = GateMaterial(
+        name=config.name,
+        labels=labels,
+        cases=lambda split: store.iterate_rows(cases, split, Case),
+        pairs=lambda split: (pair for path in shards[split] for pair in iterate_parquet(path, PreferencePair)),
+        lengths={split: found.statistics.lengths for split, found in facts.items()},
+        refused={split: found.count_refused() for split, found in facts.items()},
+        previous=read_report(store, previous) if previous else None,
+        reads=config.student.reads,
+    )
+    return judge_data(gate, material)
 
 
 def check_template(template: Template, config: PreferencesConfig) -> None:

@@ -193,6 +193,19 @@ def show(reference: ReferenceText) -> None:
 
 
 @app.command()
+def gate(reference: ReferenceText) -> None:
+    """Show what the data gate said of cases, preferences or quarantined data; exit code 1 if it refused them."""
+    from pipelines.gate_command import show_verdict
+    from pipelines.stores import LOCAL_FOLDER, open_store
+
+    with open_store() as store:
+        found = store.resolve(reference)
+        passed = show_verdict(found, store=store, console=make_console(), folder=LOCAL_FOLDER / "reports")
+    if not passed:
+        raise typer.Exit(1)
+
+
+@app.command()
 def promote(
     model: Annotated[
         str, typer.Argument(help="A model's name (its candidate), model/name@v000001 or a full reference")

@@ -14,6 +14,7 @@ import psutil
 import pyarrow.fs
 import pytest
 from tiny_alignment import LABELS, TEMPLATE, config_of, make_pairs
+from tiny_preferences import add_passed_gate
 
 import mint_lib.alignment
 from mint_lib.alignment_methods.orpo import Orpo
@@ -55,6 +56,7 @@ def write_preferences(store: Store) -> Reference:
         version.add_rows("validation", pairs[num_train:], pair_schema())
         version.add_json("labels.json", [label.model_dump(mode="json") for label in LABELS])
         version.add_bytes("template.yaml", TEMPLATE.data)
+        add_passed_gate(version)
         return version.commit(StageRecord(stage="preferences", config={}, inputs={}, code_version="test"))
 
 

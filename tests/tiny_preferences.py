@@ -5,7 +5,10 @@ from typing import Any
 import peft
 import torch
 
+from mint_lib.gate.report import GateReport, GateStatistics
+from mint_lib.gate.verdict import REPORT
 from mint_lib.records import PreferencePair, Turn
+from mint_lib.storage.writer import VersionWriter
 from mint_lib.student import StudentConfig, load_student
 
 TINY = StudentConfig(model="tiny")
@@ -24,6 +27,13 @@ def make_pair(case_id: str, text: str, chosen: str, rejected: str) -> Preference
         template_digest="sha256:0",
         policy="test",
     )
+
+
+def add_passed_gate(version: VersionWriter, *, passed: bool = True) -> None:
+    """The verdict that training asks for, on pairs that a test made by hand."""
+    statistics = GateStatistics(num_cases={}, num_pairs={}, label_counts={}, batches={})
+    report = GateReport(name="test", judged="pairs", reads="text", passed=passed, outcomes=(), statistics=statistics)
+    version.add_json(REPORT, report.model_dump(mode="json"))
 
 
 def make_adapted_model(seed: int) -> Any:

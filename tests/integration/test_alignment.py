@@ -8,10 +8,11 @@ import io
 import json
 
 import pytest
+from tiny_preferences import add_passed_gate
 from faulty_alignment import list_run_files
 
 from mint_lib.alignment import align_student
-from mint_lib.errors import InvalidInput, PromptTooLong
+from mint_lib.errors import GateFailed, InvalidInput, PromptTooLong
 from mint_lib.reading import TextReader
 from mint_lib.records import Label, PreferencePair, Reference, StageRecord
 from mint_lib.rows import pair_schema
@@ -51,6 +52,7 @@ def write_preferences(store, *, train, validation):
         version.add_rows("validation", validation, pair_schema())
         version.add_json("labels.json", [label.model_dump(mode="json") for label in LABELS])
         version.add_bytes("template.yaml", TEMPLATE.data)
+        add_passed_gate(version)
         return version.commit(StageRecord(stage="preferences", config={}, inputs={}, code_version="test"))
 
 
@@ -143,7 +145,7 @@ def test_alignment_same_seed_and_pairs_give_the_same_digest(unbroken):
 @pytest.mark.parametrize(
     ("train", "validation", "error", "message"),
     [
-        (make_pairs(0, 4), [], InvalidInput, r"no pair in validation\.parquet"),
+        (make_pairs(0, 4), [], InvalidInput, "no pair in validation"),
         (
             make_pairs(0, 4),
             make_pairs(4, 3),
@@ -157,6 +159,21 @@ def test_alignment_bad_preferences_are_refused_and_nothing_is_written(store, tra
     student = StudentConfig(model="tiny", window_tokens=30)
     with pytest.raises(error, match=message):
         align_student(config_of(student=student), store=store, preferences=preferences)
+    assert store.list_versions("student", "test") == []
+
+
+def test_alignment_on_pairs_that_the_gate_did_not_pass_is_refused(store):
+    def write(passed):
+        with store.write("preferences", "test") as version:
+            version.add_rows("train", make_pairs(0, 4), pair_schema())
+            if passed is not None:
+                add_passed_gate(version, passed=passed)
+            return version.commit(StageRecord(stage="preferences", config={}, inputs={}, code_version="test"))
+
+    with pytest.raises(InvalidInput, match="was not judged by the gate"):
+        align_student(config_of(), store=store, preferences=write(None))
+    with pytest.raises(GateFailed, match="The gate refused the pairs"):
+        align_student(config_of(), store=store, preferences=write(False))
     assert store.list_versions("student", "test") == []
 
 

@@ -17,6 +17,7 @@ import torch
 from PIL import Image, ImageDraw
 from pydantic import ValidationError
 from tiny_alignment import LABELS, TEMPLATE, config_of, make_pairs
+from tiny_preferences import add_passed_gate
 
 from mint_lib.alignment import align_student
 from mint_lib.records import StageRecord
@@ -77,6 +78,7 @@ def write_preferences(store, train, validation):
         version.add_rows("validation", validation, pair_schema())
         version.add_json("labels.json", [label.model_dump(mode="json") for label in LABELS])
         version.add_bytes("template.yaml", TEMPLATE.data)
+        add_passed_gate(version)
         return version.commit(StageRecord(stage="preferences", config={}, inputs={}, code_version="test"))
 
 
