@@ -26,14 +26,20 @@ class KnownCases:
         self._digests: dict[str, str] = {}
         self._split_of: dict[str, Split] = {}
         self._labelled: dict[str, set[str]] = collections.defaultdict(set)
+        self._patients: dict[Split, set[str]] = {split: set() for split in SPLITS}
 
     def add(self, case: Case, split: Split) -> None:
         """Take note of a case."""
         self._digests[case.case_id] = _digest(case)
+        self._patients[split].add(case.group_id)
         for key in self._keys(case):
             self._split_of[key] = split
         if split == "train" and case.label_id is not None:
             self._labelled[case.label_id].add(case.group_id)
+
+    def list_patients(self, split: Split) -> frozenset[str]:
+        """Everybody in a split so far."""
+        return frozenset(self._patients[split])
 
     def count_labelled(self) -> dict[str, int]:
         """Label id to the number of training patients whose label is known."""

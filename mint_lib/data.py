@@ -14,18 +14,21 @@ import logging
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 
 from mint_lib.additions import KnownCases, limit_labels, place_additions
+from mint_lib.dataset_card.beside import add_card
+from mint_lib.dataset_card.description import describe_draft
+from mint_lib.dataset_card.facts import DatasetFacts
 from mint_lib.errors import InvalidInput, RefusedData
 from mint_lib.gate.material import GateMaterial
 from mint_lib.gate.report import GateReport
 from mint_lib.gate.settings import GateConfig
-from mint_lib.gate.verdict import add_report, choose_kind, enforce, read_report
+from mint_lib.gate.verdict import REPORT, add_report, choose_kind, enforce, read_report
 from mint_lib.plugins import load_plugin, parse_plugin_config
 from mint_lib.records import SPLITS, Case, Finding, Label, Name, Reference, Split, StageRecord, code_version
 from mint_lib.rows import case_schema
@@ -86,6 +89,8 @@ class DataConfig(SourceConfig):
     """Pixels of an image above which its row is refused before decoding (decompression bombs)."""
     max_image_bytes: int = Field(default=20_971_520, ge=1)
     """Encoded size of an image above which its row is refused."""
+    card: DatasetFacts = DatasetFacts()
+    """What the owners of the data state of them, for the card."""
     gate: GateConfig = GateConfig()
     """What the cases must satisfy as a whole; the preferences stage judges them again, with its pairs."""
 
@@ -186,9 +191,9 @@ def prepare_cases(config: DataConfig, *, store: "Store", base: Reference | None 
     """
     import numpy as np
 
-    labels = None if base is None else read_labels(store, base)
-    source = open_source(config, wanted=labels and tuple(labels))
-    labels = labels or source.labels()
+    wanted = None if base is None else tuple(read_labels(store, base))
+    source = open_source(config, wanted=wanted)
+    labels = source.labels() if wanted is None else list(wanted)
     check_labels(labels, config.source)
     counts: collections.Counter[str] = collections.Counter()
     rows = collect_rows(source, config, labels, np.random.default_rng([config.seed, 1]), counts)
@@ -233,7 +238,15 @@ def prepare_cases(config: DataConfig, *, store: "Store", base: Reference | None 
         counts = _add_counts(counts, store.record(base).counts)
         notes = list(dict.fromkeys([*store.record(base).notes, *notes]))
         inputs["base"] = str(base)
-    report = _judge(config, store, splits, labels, base, describes_images=contents == ("image",))
+
+    def read(split: Split) -> Iterator[Case]:
+        """Every case of a split, those of the base first."""
+        if base is not None:
+            yield from store.iterate_rows(base, split, Case)
+        yield from splits[split]
+
+    previous = read_report(store, base) if base is not None else None
+    report = _judge(config, read, labels, previous, describes_images=contents == ("image",))
     kind = choose_kind(report, "cases")
     with store.write(kind, config.name, base=base if kind == "cases" else None) as version:
         for split in SPLITS:
@@ -243,16 +256,28 @@ def prepare_cases(config: DataConfig, *, store: "Store", base: Reference | None 
                 version.add_rows(split, splits[split], case_schema())
         version.add_json("labels.json", [label.model_dump(mode="json") for label in labels])
         add_report(version, report)
-        reference: Reference = version.commit(
-            StageRecord(
-                stage="data",
-                config=config.model_dump(mode="json"),
-                inputs=inputs,
-                code_version=code_version(),
-                counts=dict(sorted(counts.items())),
-                notes=tuple(notes),
-            )
+        record = StageRecord(
+            stage="data",
+            config=config.model_dump(mode="json"),
+            inputs=inputs,
+            code_version=code_version(),
+            counts=dict(sorted(counts.items())),
+            notes=tuple(notes),
         )
+        draft = describe_draft(
+            store,
+            kind="cases",
+            name=config.name,
+            record=record,
+            files=version.files,
+            tables={split: read(split) for split in SPLITS},
+            documents={
+                "labels.json": [label.model_dump(mode="json") for label in labels],
+                REPORT: report.model_dump(mode="json"),
+            },
+        )
+        add_card(version, draft)
+        reference: Reference = version.commit(record)
     sizes = ", ".join(f"{len(splits[split])} {split}" for split in SPLITS)
     verb = "written" if base is None else f"added to {base.version}"
     logger.info("data: %s cases of %d labels, %s as %s", sizes, len(labels), verb, reference)
@@ -262,30 +287,20 @@ def prepare_cases(config: DataConfig, *, store: "Store", base: Reference | None 
 
 def _judge(
     config: DataConfig,
-    store: "Store",
-    splits: Mapping[Split, list[Case]],
+    read: Callable[[Split], Iterator[Case]],
     labels: list[Label],
-    base: Reference | None,
+    previous: GateReport | None,
     *,
     describes_images: bool,
 ) -> GateReport:
-    """The gate's verdict on the cases, those of the base among them."""
+    """The gate's verdict on all cases."""
     from mint_lib.gate.judge import judge_data
 
     gate = config.gate
     if config.split_by == "image":
         gate = gate.model_copy(update={"max_shared_patients": None})
-
-    def read(split: Split) -> Iterator[Case]:
-        if base is not None:
-            yield from store.iterate_rows(base, split, Case)
-        yield from splits[split]
-
-    previous = read_report(store, base) if base is not None else None
     reads: Literal["text", "image"] = "image" if describes_images else "text"
-    return judge_data(
-        gate, GateMaterial(name=config.name, labels=labels, cases=read, reads=reads, previous=previous)
-    )
+    return judge_data(gate, GateMaterial(name=config.name, labels=labels, cases=read, reads=reads, previous=previous))
 
 
 def read_labels(store: "Store", cases: Reference) -> list[Label]:
@@ -315,6 +330,7 @@ def _add_to_base(
         for case in store.iterate_rows(base, split, Case):
             known.add(case, split)
     already_labelled = known.count_labelled()
+    patients = {split: known.list_patients(split) for split in SPLITS}
     splits, refused = place_additions(
         known, rows, config.split, by=config.split_by, contents=contents, rng=rng, counts=counts
     )
@@ -338,6 +354,8 @@ def _add_to_base(
         )
     prove_disjoint(splits, by=config.split_by, contents=contents)
     splits["train"] = limit_labels(splits["train"], config.labelled_per_label, known=already_labelled)
+    for split in SPLITS:  # whoever is in the base is counted there
+        counts[f"{split}/patients"] -= len({case.group_id for case in splits[split]} & patients[split])
     return splits
 
 

@@ -20,15 +20,17 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
+from mint_lib.dataset_card.beside import add_card
+from mint_lib.dataset_card.description import describe_draft
 from mint_lib.errors import InvalidInput, PromptTooLong, RefusedData
 from mint_lib.gate.material import GateMaterial
 from mint_lib.gate.report import GateReport
 from mint_lib.gate.settings import GateConfig
-from mint_lib.gate.verdict import add_report, choose_kind, enforce, read_report
+from mint_lib.gate.verdict import REPORT, add_report, choose_kind, enforce, read_report
 from mint_lib.pair_checks import PairChecker, PairStatistics, Preference
 from mint_lib.progress import track_progress
 from mint_lib.records import Case, Label, Name, PreferencePair, Ranking, Reference, Split, StageRecord, code_version
-from mint_lib.rows import iterate_parquet, pair_schema, write_shards
+from mint_lib.rows import StoredShards, pair_schema, write_shards
 from mint_lib.student import StudentConfig, load_reader
 from mint_lib.template import Template, normalise_name
 
@@ -99,6 +101,31 @@ class PreferencesConfig(BaseModel):
         return self
 
 
+class SplitFacts:
+    """What is found while the pairs of one split are made."""
+
+    def __init__(self) -> None:
+        self.num_cases = 0
+        self.dropped: Counter[str] = Counter()
+        self.refused: dict[str, list[str]] = {}
+        """Cause to case ids."""
+        self.statistics = PairStatistics()
+
+    def describe(self) -> dict[str, Any]:
+        """What `checks.json` says of the split."""
+        return {
+            "num_cases": self.num_cases,
+            "dropped": {cause: count for cause, count in sorted(self.dropped.items()) if count},
+            "refused": self.count_refused(),
+            "refused_case_ids": {cause: ids[:_SHOWN_CASE_IDS] for cause, ids in sorted(self.refused.items())},
+            **self.statistics.describe(),
+        }
+
+    def count_refused(self) -> dict[str, int]:
+        """Cause to number of cases."""
+        return {cause: len(case_ids) for cause, case_ids in sorted(self.refused.items())}
+
+
 def build_pairs(
     config: PreferencesConfig,
     *,
@@ -126,7 +153,7 @@ def build_pairs(
     student = config.student
     window_tokens = student.window_tokens if student.over_long == "refuse" else None
     checker = PairChecker(load_reader(student), template, labels, window_tokens)
-    facts = {split: SplitFacts() for split in _PAIRED_SPLITS}
+    facts: dict[Split, SplitFacts] = {split: SplitFacts() for split in _PAIRED_SPLITS}
     with tempfile.TemporaryDirectory(prefix="mint-pairs-") as scratch:
         shards: dict[Split, list[pathlib.Path]] = {}
         for split in _PAIRED_SPLITS:
@@ -136,29 +163,42 @@ def build_pairs(
             folder = pathlib.Path(scratch) / split
             folder.mkdir()
             shards[split] = list(write_shards(pairs, pair_schema(), folder))
-        checks = {split: found.describe() for split, found in facts.items()}
-        report = _judge(config, store, cases, labels, shards, facts, previous)
-        sizes = " and ".join(f"{found.statistics.num_pairs} {split}" for split, found in facts.items())
-        logger.info("preferences: %s pairs", sizes)
+        tables: dict[str, StoredShards[PreferencePair]] = {
+            split: StoredShards(paths, PreferencePair) for split, paths in shards.items()
+        }
+        report = _judge(config, store, cases, labels, tables, facts, previous)
+        inputs = {"cases": str(cases), "rankings": str(rankings)} | ({"previous": str(previous)} if previous else {})
+        checks: dict[str, dict[str, Any]] = {split: found.describe() for split, found in facts.items()}
+        record = StageRecord(
+            stage="preferences",
+            config=config.model_dump(mode="json"),
+            inputs=inputs,
+            code_version=code_version(),
+            counts=_flatten_counts(checks),
+        )
         kind = choose_kind(report, "preferences")
         base = previous if previous is not None and (previous.kind, previous.name) == (kind, config.name) else None
+        label_rows = [label.model_dump(mode="json") for label in labels]
         with store.write(kind, config.name, base=base) as version:
-            for split in _PAIRED_SPLITS:
-                version.add_shards(split, shards[split])
-            version.add_json("labels.json", [label.model_dump(mode="json") for label in labels])
+            for split, paths in shards.items():
+                version.add_shards(split, paths)
+            version.add_json("labels.json", label_rows)
             version.add_bytes("template.yaml", template.data)
             version.add_json("checks.json", {"policy": describe_policy(config), "num_labels": len(labels), **checks})
             add_report(version, report)
-            reference: Reference = version.commit(
-                StageRecord(
-                    stage="preferences",
-                    config=config.model_dump(mode="json"),
-                    inputs={"cases": str(cases), "rankings": str(rankings)}
-                    | ({"previous": str(previous)} if previous else {}),
-                    code_version=code_version(),
-                    counts=_flatten_counts(checks),
-                )
+            draft = describe_draft(
+                store,
+                kind="preferences",
+                name=config.name,
+                record=record,
+                files=version.files,
+                tables=tables,
+                documents={"labels.json": label_rows, REPORT: report.model_dump(mode="json")},
             )
+            add_card(version, draft)
+            reference: Reference = version.commit(record)
+    sizes = " and ".join(f"{found.statistics.num_pairs} {split}" for split, found in facts.items())
+    logger.info("preferences: %s pairs, written as %s", sizes, reference)
     enforce(report, reference)
     return reference
 
@@ -168,7 +208,7 @@ def _judge(
     store: "Store",
     cases: Reference,
     labels: Sequence[Label],
-    shards: Mapping[Split, Sequence[pathlib.Path]],
+    tables: Mapping[str, StoredShards[PreferencePair]],
     facts: Mapping[Split, SplitFacts],
     previous: Reference | None,
 ) -> GateReport:
@@ -184,7 +224,7 @@ def _judge(
         name=config.name,
         labels=labels,
         cases=lambda split: store.iterate_rows(cases, split, Case),
-        pairs=lambda split: (pair for path in shards[split] for pair in iterate_parquet(path, PreferencePair)),
+        pairs=lambda split: iter(tables[split]),
         lengths={split: found.statistics.lengths for split, found in facts.items()},
         refused={split: found.count_refused() for split, found in facts.items()},
         previous=read_report(store, previous) if previous else None,
@@ -231,31 +271,6 @@ def check_label_set(labels: Sequence[Label], config: PreferencesConfig) -> None:
             )
 
 
-class SplitFacts:
-    """What is found while the pairs of one split are made."""
-
-    def __init__(self) -> None:
-        self.num_cases = 0
-        self.dropped: Counter[str] = Counter()
-        self.refused: dict[str, list[str]] = {}
-        """Cause to case ids."""
-        self.statistics = PairStatistics()
-
-    def describe(self) -> dict[str, Any]:
-        """What `checks.json` says of the split."""
-        return {
-            "num_cases": self.num_cases,
-            "dropped": {cause: count for cause, count in sorted(self.dropped.items()) if count},
-            "refused": self.count_refused(),
-            "refused_case_ids": {cause: ids[:_SHOWN_CASE_IDS] for cause, ids in sorted(self.refused.items())},
-            **self.statistics.describe(),
-        }
-
-    def count_refused(self) -> dict[str, int]:
-        """Cause to number of cases."""
-        return {cause: len(case_ids) for cause, case_ids in sorted(self.refused.items())}
-
-
 def pair_split(
     cases: Iterable[Case],
     rankings: Iterable[Ranking],
@@ -272,15 +287,14 @@ def pair_split(
     """
     selected = _select_cases(cases, rankings, labels, config, split, checker.template, facts)
     num_selected = int(selected.sum())
-    chosen = (pair for pair, keep in zip(_match(cases, rankings), selected, strict=True) if keep)
     shuffled: dict[str, Ranking] = {}
     texts: list[str] = []
     if config.control == "shuffled_teacher":
-        shuffled = _shuffle([ranking for _, ranking in chosen], config, split)
+        shuffled = _shuffle([ranking for _, ranking in _keep(cases, rankings, selected)], config, split)
     elif config.pairs == "captions":
-        texts = _read_captions([case for case, _ in chosen], split)
+        texts = _read_captions([case for case, _ in _keep(cases, rankings, selected)], split)
     policy = describe_policy(config)
-    chosen = (pair for pair, keep in zip(_match(cases, rankings), selected, strict=True) if keep)
+    chosen = _keep(cases, rankings, selected)
     for case, ranking in track_progress(chosen, f"preferences: {split}", total=num_selected):
         if config.pairs == "captions":
             made = [checker.make_caption_pair(case, _draw_other(case, texts, config), policy=policy)]
@@ -356,6 +370,13 @@ def _match(cases: Iterable[Case], rankings: Iterable[Ranking]) -> Iterator[tuple
                 break
             waiting[ranking.case_id] = ranking
         yield case, waiting.pop(case.case_id, None)
+
+
+def _keep(cases: Iterable[Case], rankings: Iterable[Ranking], selected: "np.ndarray") -> Iterator[tuple[Case, Ranking]]:
+    """The cases that are selected, each with its ranking."""
+    for (case, ranking), is_kept in zip(_match(cases, rankings), selected, strict=True):
+        if is_kept and ranking is not None:
+            yield case, ranking
 
 
 def _select_cases(

@@ -29,6 +29,7 @@ _NO_STAGE_READS = frozenset(
     (
         *("engine", "server", "serving.py", "inference_service.py"),
         *("cluster.py", "placement.py", "pods.py", "ray_job.py"),
+        *("data_difference", "export.py", "exported_rows.py"),
     )
 )
 

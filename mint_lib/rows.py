@@ -5,8 +5,8 @@ knows no server.
 """
 
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from mint_lib.records import Record
 
@@ -25,7 +25,10 @@ _BATCH_ROWS = 64
 
 
 def case_schema() -> "pyarrow.Schema":
-    """Arrow schema of `cases` rows; `image` is encoded bytes as Hugging Face `datasets` reads them."""
+    """Arrow schema of `cases` rows; `image` is encoded bytes as Hugging Face `datasets` reads them.
+
+    `attributes` is a list of its entries, because `datasets` reads no map.
+    """
     import pyarrow as pa
 
     finding = pa.struct([("id", pa.string()), ("label", pa.string()), ("excluded", pa.bool_())])
@@ -37,7 +40,7 @@ def case_schema() -> "pyarrow.Schema":
             ("image", pa.binary()),
             ("findings", pa.list_(finding)),
             ("label_id", pa.string()),
-            ("attributes", pa.map_(pa.string(), pa.string())),
+            ("attributes", pa.list_(pa.struct([("key", pa.string()), ("value", pa.string())]))),
             pa.field("source", pa.string(), nullable=False),
             pa.field("synthetic", pa.bool_(), nullable=False),
         ]
@@ -135,7 +138,7 @@ def _group_rows(rows: Iterable[Record], schema: "pyarrow.Schema") -> Iterator["p
     group: list[dict[str, object]] = []
     num_bytes = 0
     for row in rows:
-        values = row.model_dump()
+        values = {name: _list_entries(value) for name, value in row.model_dump().items()}
         size = _count_bytes(values)
         if group and (len(group) == _GROUP_ROWS or num_bytes + size > _GROUP_BYTES):
             yield pa.Table.from_pylist(group, schema=schema)
@@ -144,6 +147,11 @@ def _group_rows(rows: Iterable[Record], schema: "pyarrow.Schema") -> Iterator["p
         num_bytes += size
     if group:
         yield pa.Table.from_pylist(group, schema=schema)
+
+
+def _list_entries(value: object) -> object:
+    """A map as the list of its entries; any other value as it is."""
+    return [{"key": key, "value": item} for key, item in value.items()] if isinstance(value, dict) else value
 
 
 def _count_bytes(values: Mapping[str, object]) -> int:
@@ -163,6 +171,33 @@ def iterate_parquet(path: pathlib.Path, row_type: type[R]) -> Iterator[R]:
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
+        entries = [field.name for field in file.schema_arrow if _holds_entries(field.type)]
         for batch in file.iter_batches(batch_size=_BATCH_ROWS, use_threads=False):
             for row in batch.to_pylist(maps_as_pydicts="strict"):
+                for name in entries:
+                    row[name] = {item["key"]: item["value"] for item in row[name]}
                 yield row_type.model_validate(row)
+
+
+def _holds_entries(kind: "pyarrow.DataType") -> bool:
+    """Whether a column is a map written as the list of its entries."""
+    import pyarrow as pa
+
+    return (
+        pa.types.is_list(kind)
+        and pa.types.is_struct(kind.value_type)
+        and [field.name for field in kind.value_type] == ["key", "value"]
+    )
+
+
+class StoredShards(Generic[R]):
+    """The rows of Parquet files on this machine, read anew each time."""
+
+    def __init__(self, paths: Sequence[pathlib.Path], row_type: type[R]):
+        self._paths = paths
+        self._row_type = row_type
+
+    def __iter__(self) -> Iterator[R]:
+        """Every row in its order."""
+        for path in self._paths:
+            yield from iterate_parquet(path, self._row_type)

@@ -6,13 +6,14 @@ Every command loads what it needs when it runs, so that `--help` answers at once
 import json
 import pathlib
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 import typer.core
 
 from pipelines.cluster_commands import compile_pipeline, submit
+from pipelines.data_commands import card, export
+from pipelines.diff import diff
 from pipelines.options import ClusterPath, Overrides, RecipePath, load, load_cluster_file, log_to_stderr, make_console
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ Why = Annotated[str, typer.Option(help="Why; kept in the alias log.")]
 class _StageGroup(typer.core.TyperGroup):
     """`mint data RECIPE` runs the stage alone; other words are commands of their own."""
 
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Put the stage's command before what is no command's name."""
         if args and args[0] not in (*self.commands, "--help"):
             args = ["stage", *args]
@@ -365,6 +366,9 @@ def schema() -> None:
 
 app.command(name="compile")(compile_pipeline)
 app.command()(submit)
+app.command()(diff)
+app.command()(card)
+app.command()(export)
 
 
 @app.command()

@@ -26,8 +26,8 @@ class Fault(NamedTuple):
     action: str
     """`lose-reply`, `cut-reply` (in the middle, or `cut-reply 17`: after so many bytes), `flip-bit` (of the reply's
     first byte, or `flip-bit 17`: of that one), `flip-request`, `slow` (the reply comes in small pieces within a
-    second), `trickle` (one byte each 50 ms), `stall`, `drop`, `hold` (until `Proxy.released`), or `503 SlowDown`: a status and
-    an S3 error code."""
+    second), `trickle` (one byte each 50 ms), `stall`, `drop`, `hold` (until `Proxy.released`), or `503 SlowDown`: a
+    status and an S3 error code."""
     times: int = 1
 
 

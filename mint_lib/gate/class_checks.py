@@ -197,38 +197,39 @@ def permute_shares(table: np.ndarray, observed: float) -> float:
     return float((1 + (gaps >= observed - 1e-12).sum()) / (1 + _PERMUTATIONS))
 
 
-def check_truth(material: GateMaterial, cases: CaseColumns, pairs: PairColumns, config: GateConfig) -> CheckOutcome:
-    """Pairs that reject the known label of their case."""
-    check, title = "truth_rejected", "Known label rejected"
+def check_truth(
+    material: GateMaterial, cases: CaseColumns, pairs: PairColumns, config: GateConfig
+) -> list[CheckOutcome]:
+    """Pairs that reject the known label of their case, and pairs that do not choose it."""
+    titles = {"truth_rejected": "Known label rejected", "truth_not_chosen": "Known label not chosen"}
     if material.pairs is None:
-        return skip(check, title, "not_applicable", _NO_PAIRS)
+        return [skip(check, title, "not_applicable", _NO_PAIRS) for check, title in titles.items()]
     asked = (pairs.case >= 0) & (pairs.first_chosen >= 0)
-    known = asked & (cases.label[pairs.case] >= 0)
+    known = asked & (cases.label[pairs.case] >= 0) if len(cases) else asked
     if not known.any():
-        return skip(check, title, "not_applicable", "No pair names labels for a case whose label is known.")
-    marked = known & pairs.truth_rejected
-    missed = known & ~pairs.truth_chosen
-    concerned = pairs.case[marked]
+        why = "No pair names labels for a case whose label is known."
+        return [skip(check, title, "not_applicable", why) for check, title in titles.items()]
     num_known = int(known.sum())
-    sentence = (
-        f"{int(marked.sum())} of {num_known} pairs with a known label reject it; {int(missed.sum())} do not name it "
-        "among the chosen ones."
+    num_first = int((known & (pairs.first_chosen == cases.label[pairs.case])).sum())
+    checks = (
+        ("truth_rejected", known & pairs.truth_rejected, config.max_truth_rejected_share, "reject it"),
+        ("truth_not_chosen", known & ~pairs.truth_chosen, config.max_truth_not_chosen_share, "do not choose it"),
     )
-    outcome = decide_share(
-        check,
-        title,
-        int(marked.sum()),
-        num_known,
-        config.max_truth_rejected_share,
-        sentence,
-        counts={
-            "pairs with a known label": num_known,
-            "known label rejected": int(marked.sum()),
-            "known label not chosen": int(missed.sum()),
-            "known label chosen first": int((known & (pairs.first_chosen == cases.label[pairs.case])).sum()),
-        },
-        case_ids=list(dict.fromkeys(cases.name(concerned))),
-        batches=cases.rank_batches(concerned),
-    )
-    decides = not config.allow_contradiction or outcome.status == "off"
-    return outcome if decides else outcome.model_copy(update={"status": "reported"})
+    outcomes = []
+    for check, marked, threshold, what in checks:
+        concerned = pairs.case[marked]
+        outcome = decide_share(
+            check,
+            titles[check],
+            len(concerned),
+            num_known,
+            threshold,
+            f"{len(concerned)} of {num_known} pairs with a known label {what}; {num_first} choose it first.",
+            counts={"pairs with a known label": num_known, "found": len(concerned), "chosen first": num_first},
+            case_ids=list(dict.fromkeys(cases.name(concerned))),
+            batches=cases.rank_batches(concerned),
+        )
+        if config.allow_contradiction and outcome.status != "off":
+            outcome = outcome.model_copy(update={"status": "reported"})
+        outcomes.append(outcome)
+    return outcomes

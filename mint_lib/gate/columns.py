@@ -1,7 +1,7 @@
 """What the gate holds of every row while it judges: small columns, filled in one pass over the stream.
 
 Goes in: `GateMaterial`. Comes out: `CaseColumns` and `PairColumns`. A case with a text costs about 0.7 kB (of which its
-MinHash signature is 512 bytes), one with an image 0.3 kB more, a pair 0.1 kB; texts and images are not kept. A row that
+MinHash signature is 512 bytes), one with an image 1.3 kB more, a pair 0.1 kB; texts and images are not kept. A row that
 cannot be read ends its split's stream and is counted. Judges nothing.
 """
 
@@ -204,10 +204,10 @@ def _find_pair_faults(
 def _digest_pair(pair: PreferencePair) -> bytes:
     hasher = hashlib.blake2b(digest_size=16)
     for turn in pair.prompt:
-        hasher.update(f"{turn.role}\0{turn.content}\0".encode())
+        hasher.update(f"{turn.role}\0{turn.content}\0".encode(errors="surrogatepass"))
     for image in pair.images:
         hasher.update(hashlib.sha256(image).digest())
-    hasher.update(f"\0{pair.chosen}\0{pair.rejected}".encode())
+    hasher.update(f"\0{pair.chosen}\0{pair.rejected}".encode(errors="surrogatepass"))
     return hasher.digest()
 
 

@@ -1,4 +1,4 @@
-"""What a case's content says about its label: naive Bayes over words, or over the colours of its image, out of fold.
+"""What a case's content says about its label: naive Bayes over words, or colours and texture, out of fold.
 
 Goes in: texts or images with labels and patients. Comes out: `Evidence`, log-scores of every label for every case from
 a model that never saw the case's patient, scaled so that they are calibrated, and the share of labels that look random.
@@ -98,7 +98,7 @@ def weigh_words(words: Words, label_N: np.ndarray, group_N: np.ndarray, num_labe
         model.partial_fit(presence[~held], label_N[~held], classes=np.arange(num_labels))
         weights_FVK[fold] = model.feature_log_prob_.T
         scores_NK[held] = presence[held] @ weights_FVK[fold]
-    return _calibrate(scores_NK, label_N, fold_N, weights_FVK)
+    return _calibrate(scores_NK, label_N, group_N, fold_N, weights_FVK)
 
 
 def weigh_images(figures_NM: np.ndarray, label_N: np.ndarray, group_N: np.ndarray, num_labels: int) -> Evidence:
@@ -112,18 +112,19 @@ def weigh_images(figures_NM: np.ndarray, label_N: np.ndarray, group_N: np.ndarra
         model = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto")
         model.fit(figures_NM[~held], label_N[~held])
         scores_NK[np.ix_(held, model.classes_)] = np.maximum(model.predict_log_proba(figures_NM[held]), -50)
-    return _calibrate(scores_NK, label_N, fold_N, None)
+    return _calibrate(scores_NK, label_N, group_N, fold_N, None)
 
 
 def describe_image(data: bytes) -> np.ndarray:
-    """The figures of an encoded image: its colours, at a bounded size."""
+    """The figures of an encoded image: its colours and its texture, at a bounded size."""
     from PIL import Image
 
-    from mint_lib.vision.colour_texture import describe_colours
+    from mint_lib.vision.colour_texture import describe_colours, describe_texture
 
     with Image.open(io.BytesIO(data)) as image:
         small = image.convert("RGB").resize((_IMAGE_SIDE, _IMAGE_SIDE), Image.Resampling.BILINEAR)
-    return describe_colours(np.asarray(small).transpose(2, 0, 1))
+    pixels_CHW = np.asarray(small).transpose(2, 0, 1)
+    return np.concatenate([describe_colours(pixels_CHW), describe_texture(pixels_CHW)])
 
 
 def assign_folds(group_N: np.ndarray) -> np.ndarray:
@@ -134,22 +135,29 @@ def assign_folds(group_N: np.ndarray) -> np.ndarray:
 
 
 def _calibrate(
-    scores_NK: np.ndarray, label_N: np.ndarray, fold_N: np.ndarray, weights_FVK: np.ndarray | None
+    scores_NK: np.ndarray,
+    label_N: np.ndarray,
+    group_N: np.ndarray,
+    fold_N: np.ndarray,
+    weights_FVK: np.ndarray | None,
 ) -> Evidence:
     """Fit scale s and random share e of p(label) = (1 - e) softmax(s * scores) + e / K, by maximum likelihood.
 
-    The second term keeps flipped labels from flattening the scores of all others.
+    The second term keeps flipped labels from flattening the scores of all others. The cases of a patient share one
+    vote, as they are not independent.
     """
     from scipy.optimize import brentq, minimize_scalar
 
     picked = np.random.default_rng(0).permutation(len(label_N))[:_FIT_CASES]
     scores, label = scores_NK[picked] - scores_NK[picked].max(axis=1, keepdims=True), label_N[picked]
     num_labels = scores.shape[1]
+    _, patient, num_cases = np.unique(group_N[picked], return_inverse=True, return_counts=True)
+    votes = 1 / num_cases[patient]
 
     def lose(log_scale: float, share: float) -> float:
         scaled = np.exp(log_scale) * scores
         own = np.exp(scaled[np.arange(len(label)), label]) / np.exp(scaled).sum(axis=1)
-        return -float(np.log((1 - share) * own + share / num_labels + 1e-300).sum())
+        return -float(votes @ np.log((1 - share) * own + share / num_labels + 1e-300))
 
     def fit_scale(share: float) -> tuple[float, float]:
         best = minimize_scalar(lambda value: lose(value, share), bounds=(-4, 2), method="bounded")

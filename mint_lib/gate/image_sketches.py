@@ -1,6 +1,6 @@
 """Images as the gate remembers them: a fault, or a perceptual hash, a thumbnail and how much they vary.
 
-Goes in: encoded bytes. Comes out: `ImageSketch` of about 0.3 kB, and the pairs of images that look alike. The size of
+Goes in: encoded bytes. Comes out: `ImageSketch` of about 1.2 kB, and the pairs of images that look alike. The size of
 an image is read from its header before anything is decoded. Knows nothing of splits.
 """
 
@@ -17,8 +17,9 @@ from mint_lib.gate.settings import SimilarityConfig
 from mint_lib.gate.text_sketches import pair_bucket_mates
 
 _FORMATS = ("PNG", "JPEG")
-_HASH_SIDE = 16
-_THUMBNAIL_SIDE = 16
+_HASH_SIDE = 8
+"""Signs of finer frequencies are noise in smooth images."""
+_THUMBNAIL_SIDE = 32
 _BITS_OF_BYTE = np.array([byte.bit_count() for byte in range(256)], dtype=np.uint8)
 _FAULTS = (OSError, SyntaxError, ValueError, EOFError, ArithmeticError, struct.error, zlib.error)
 
@@ -28,9 +29,9 @@ class ImageSketch(NamedTuple):
 
     fault: Literal["undecodable", "too large"] | None
     bits: bytes
-    """Perceptual hash of 256 bits; empty with a fault."""
+    """Perceptual hash of 64 bits; empty with a fault."""
     thumbnail: bytes
-    """16 x 16 grey levels."""
+    """32 x 32 grey levels."""
     deviation: float
     """Standard deviation of the grey levels."""
 
@@ -72,12 +73,14 @@ def find_similar_images(sketches: Sequence[ImageSketch], config: SimilarityConfi
     for part in np.array_split(pairs, max(1, len(pairs) // 100_000)):
         distances = _BITS_OF_BYTE[bits[part[:, 0]] ^ bits[part[:, 1]]].sum(axis=1)
         part = part[distances <= config.image_bits]
-        gaps = [_compare_thumbnails(sketches[sound[one]], sketches[sound[other]]) for one, other in part]
-        alike.append(part[np.array(gaps) <= config.image_difference] if gaps else part)
+        found = [_correlate_thumbnails(sketches[sound[one]], sketches[sound[other]]) for one, other in part]
+        alike.append(part[np.array(found, dtype=np.float64) >= config.image_correlation])
     return sound[np.concatenate(alike)]
 
 
-def _compare_thumbnails(one: ImageSketch, other: ImageSketch) -> float:
-    """Root mean square difference in grey levels."""
+def _correlate_thumbnails(one: ImageSketch, other: ImageSketch) -> float:
+    """Correlation of the grey levels; two thumbnails without any variation are equal."""
     first, second = (np.frombuffer(item.thumbnail, np.uint8).astype(np.float64) for item in (one, other))
-    return float(np.sqrt(np.mean((first - second) ** 2)))
+    first, second = first - first.mean(), second - second.mean()
+    scale = float(np.sqrt((first @ first) * (second @ second)))
+    return float(first @ second) / scale if scale else float(first.any() == second.any())

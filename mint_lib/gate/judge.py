@@ -41,7 +41,7 @@ def judge_data(config: GateConfig, material: GateMaterial) -> GateReport:
         *check_images(material, cases, config),
         *check_lengths(material, cases, pairs, config),
         *check_classes(material, label_counts, config),
-        check_truth(material, cases, pairs, config),
+        *check_truth(material, cases, pairs, config),
         *_probe(material, cases, pairs, config),
     ]
     report = GateReport(

@@ -13,7 +13,7 @@ from mint_lib.gate.settings import GateConfig, LabelFlipsConfig
 from mint_lib.statistics import correct_holm
 
 SHARE, BATCHES = "label_flips", "label_flips_by_batch"
-TITLES = {SHARE: "Flipped labels, spread", BATCHES: "Flipped labels, by batch"}
+TITLES = {SHARE: "Flipped labels", BATCHES: "Flipped labels in one batch"}
 
 
 def check_label_flips(
@@ -46,14 +46,21 @@ def check_label_flips(
         "lower end of the interval": evidence.random_share_low,
         "labels that the content foretells": right,
     }
+    threshold = config.max_share if probe.words is not None else config.max_image_share
+    if judges_pairs:
+        threshold = config.max_chosen_share
+    share = "No label looks more random than the content leaves open."
+    if evidence.random_share_low > 0:
+        share = (
+            f"{evidence.random_share:.1%} of the labels look as if drawn at random, at least "
+            f"{evidence.random_share_low:.1%} with 95 % confidence."
+        )
     spread = decide(
         SHARE,
         TITLES[SHARE],
         evidence.random_share_low,
-        config.max_chosen_share if judges_pairs else config.max_share,
-        f"{evidence.random_share:.1%} of the labels look as if drawn at random, at least {evidence.random_share_low:.1%} "
-        f"with 95 % confidence. The content alone foretells {right:.0%} of the labels; what it cannot tell apart does "
-        "not count.",
+        threshold,
+        f"{share} The content alone foretells {right:.0%} of the labels; what it cannot tell apart does not count.",
         decides=not gate.allow_contradiction,
         counts=counts,
         figures=figures,

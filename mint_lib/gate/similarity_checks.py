@@ -4,8 +4,6 @@ Goes in: the gate's columns and, for the texts that may be alike, the stream aga
 only proposes pairs of texts; the share of common shingles decides.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from mint_lib.gate.columns import CaseColumns, iterate_readable
@@ -100,9 +98,7 @@ def _check_leak(
     across = pairs[cases.split[pairs[:, 0]] != cases.split[pairs[:, 1]]]
     # The rows stand in the order of the splits, so the second of a pair is in the later one.
     concerned = np.unique(across.max(axis=1)) if len(across) else np.zeros(0, np.int64)
-    places: Sequence[Sequence[int]] | np.ndarray = (
-        np.unique(cases.split[np.sort(across, axis=1)], axis=0) if len(across) else []
-    )
+    places = np.unique(cases.split[np.sort(across, axis=1)], axis=0)
     return decide_share(
         check,
         title,
@@ -121,9 +117,7 @@ def _check_patients(cases: CaseColumns, config: GateConfig) -> CheckOutcome:
     check, title = "shared_patients", "Patients in two splits"
     if config.max_shared_patients is None:
         return skip(check, title, "off", "The recipe switches it off, as for data that are split by image.")
-    places: Sequence[Sequence[int]] | np.ndarray = np.unique(
-        np.stack([cases.group, cases.split.astype(np.int32)], axis=1), axis=0
-    )
+    places = np.unique(np.stack([cases.group, cases.split.astype(np.int32)], axis=1), axis=0)
     groups, counts = np.unique(places[:, 0], return_counts=True)
     concerned = np.nonzero(np.isin(cases.group, groups[counts > 1]))[0]
     num_found = int((counts > 1).sum())
@@ -139,5 +133,5 @@ def _check_patients(cases: CaseColumns, config: GateConfig) -> CheckOutcome:
     )
 
 
-def _name_splits(places: Sequence[Sequence[int]] | np.ndarray) -> str:
+def _name_splits(places: np.ndarray) -> str:
     return ", ".join(f"{SPLITS[first]} and {SPLITS[second]}" for first, second in places)

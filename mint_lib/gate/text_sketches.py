@@ -19,7 +19,7 @@ _SEED = 1
 
 def list_shingles(text: str) -> set[str]:
     """The 5-character substrings of a text, without regard to case and spacing."""
-    words = " ".join(text.casefold().split())
+    words = " ".join(text.casefold().split()).encode(errors="replace").decode()
     return {words[start : start + _SHINGLE_CHARACTERS] for start in range(max(1, len(words) - _SHINGLE_CHARACTERS + 1))}
 
 
@@ -43,9 +43,12 @@ def find_text_candidates(signatures: np.ndarray, least: float) -> np.ndarray:
     """Pairs of rows `[pairs, 2]` that share a band and whose estimated similarity is `least` or more."""
     if len(signatures) < 2:
         return np.zeros((0, 2), np.int64)
-    bands = signatures.reshape(len(signatures), _NUM_BANDS, -1).astype(np.uint64)
-    weights = np.random.default_rng(_SEED).integers(1, 2**63, size=bands.shape[2], dtype=np.uint64) | np.uint64(1)
-    keys = [(bands[:, band] * weights).sum(axis=1, dtype=np.uint64) for band in range(_NUM_BANDS)]
+    width = NUM_SLOTS // _NUM_BANDS
+    weights = np.random.default_rng(_SEED).integers(1, 2**63, size=width, dtype=np.uint64) | np.uint64(1)
+    keys = [
+        (signatures[:, start : start + width].astype(np.uint64) * weights).sum(axis=1, dtype=np.uint64)
+        for start in range(0, NUM_SLOTS, width)
+    ]
     pairs = pair_bucket_mates(keys)
     estimates = [
         (signatures[part[:, 0]] == signatures[part[:, 1]]).mean(axis=1)

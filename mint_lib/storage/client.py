@@ -276,11 +276,12 @@ class S3(Connection):
             page = self._retry(prefix, "list_multipart_uploads", Prefix=prefix, **more)
             found = page.get("Uploads", ())
             stale |= {item["UploadId"]: item["Key"] for item in found if item["Initiated"].astimezone(UTC) < before}
-            if not page.get("IsTruncated") or not found:
+            # SeaweedFS gives no marker of the key and goes by the upload's alone.
+            markers = {"KeyMarker": "NextKeyMarker", "UploadIdMarker": "NextUploadIdMarker"}
+            following = {ours: page[theirs] for ours, theirs in markers.items() if page.get(theirs)}
+            if not page.get("IsTruncated") or following == more:
                 break
-            # SeaweedFS leaves the key out and goes by the upload alone.
-            key = page.get("NextKeyMarker") or found[-1]["Key"]
-            more = {"KeyMarker": key, "UploadIdMarker": page.get("NextUploadIdMarker") or found[-1]["UploadId"]}
+            more = following
         for upload, key in stale.items():
             self._retry(key, "abort_multipart_upload", Key=key, UploadId=upload)
         return len(stale)

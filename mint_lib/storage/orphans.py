@@ -8,7 +8,7 @@ import logging
 from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
 
-from mint_lib.errors import Conflict, NotFound
+from mint_lib.errors import Conflict, IntegrityError, NotFound
 from mint_lib.records import KINDS
 from mint_lib.storage.client import S3, StoredObject
 from mint_lib.storage.layout import Layout, is_version
@@ -64,11 +64,11 @@ def list_orphans(s3: S3, layout: Layout) -> list[Orphan]:
                 modified=max(known.modified, item.modified),
             )
     orphans = []
-    for place, orphan in sorted(found.items()):
-        if place in committed:
+    for key, orphan in sorted(found.items()):
+        if key in committed:
             continue
-        if place in removed:
-            left = list(_list_unused(s3, layout, *place))
+        if key in removed:
+            left = list(_list_unused(s3, layout, *key))
             if not left:
                 continue
             orphan = orphan._replace(num_objects=len(left), size_bytes=sum(item.size for item in left))
@@ -119,27 +119,36 @@ def remove_version(s3: S3, layout: Layout, kind: str, name: str, version: str) -
 
 def _delete_unused(s3: S3, layout: Layout, kind: str, name: str, version: str) -> Removed:
     folder = layout.folder(kind, name, version)
+    left = (folder + MANIFEST, folder + CLAIM)
     unused = list(_list_unused(s3, layout, kind, name, version))
-    num_objects = sum(1 for _ in s3.list_objects(folder))
+    holds = layout.hold(kind, name, version)
+    num_files = sum(item.key not in left and not item.key.startswith(holds) for item in s3.list_objects(folder))
     for item in unused:
         s3.delete(item.key)
-    return Removed(len(unused), sum(item.size for item in unused), num_objects - len(unused))
+    return Removed(len(unused), sum(item.size for item in unused), num_files - len(unused))
 
 
 def _list_unused(s3: S3, layout: Layout, kind: str, name: str, version: str) -> list[StoredObject]:
-    """Objects of a removed version that no other version uses; none while a version that may use them is unfinished."""
+    """Objects of a removed version that no other version uses; none while it is not known what a version uses.
+
+    The holds are listed until there is no new one: a writer may build on a holder that is removed after the holds were
+    listed and before its manifest is read. It puts its own hold before it sees that the holder still stands, so that
+    it is in a list that is made after the manifest was found empty.
+    """
     folder = layout.folder(kind, name, version)
     holds = layout.hold(kind, name, version)
     used: set[str] = set()
-    for hold in s3.list_objects(holds):
-        holder = hold.key.removeprefix(holds).removesuffix(".json")
-        key = layout.manifest(kind, name, holder)
-        try:
-            data, _ = s3.get(key)
-        except NotFound:
-            return []
-        if data:
-            entries = Manifest.parse(data, where=s3.locate(key)).files.items()
+    asked: set[str] = set()
+    while new := {item.key.removeprefix(holds).removesuffix(".json") for item in s3.list_objects(holds)} - asked:
+        for holder in sorted(new):
+            key = layout.manifest(kind, name, holder)
+            try:
+                data, _ = s3.get(key)
+                entries = Manifest.parse(data, where=s3.locate(key)).files.items() if data else ()
+            except (NotFound, IntegrityError) as error:
+                logger.info("%s/%s@%s stays as it is: %s", kind, name, version, error)
+                return []
             used |= {entry.stored_as or path for path, entry in entries if entry.stored_in == version}
+        asked |= new
     kept = {folder + path for path in (MANIFEST, CLAIM, *used)}
     return [item for item in s3.list_objects(folder) if item.key not in kept and not item.key.startswith(holds)]

@@ -9,7 +9,7 @@ import hashlib
 import logging
 import secrets
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -132,6 +132,11 @@ class VersionWriter:
         """The claimed version, for instance `v000001`."""
         return self._version
 
+    @property
+    def files(self) -> dict[str, FileEntry]:
+        """The files written so far, by path."""
+        return dict(self._files)
+
     def add_bytes(self, path: str, data: bytes) -> None:
         """Write one file.
 
@@ -174,14 +179,13 @@ class VersionWriter:
         A table is a folder of Parquet files, `train/000000.parquet` and so on. One row group is held at a time.
         """
         with tempfile.TemporaryDirectory(prefix="mint-rows-") as folder:
-            self.add_shards(table, write_shards(rows, schema, Path(folder)))
+            self.add_shards(table, _remove_behind(write_shards(rows, schema, Path(folder))))
 
     def add_shards(self, table: str, paths: Iterable[Path]) -> None:
-        """Take Parquet files as the table's next shards and remove each that is stored; raises as `add_file`."""
+        """Take Parquet files as the table's next shards; raises as `add_file`."""
         number = 1 + max((number_shard(path) for path in shards_of(table, self._files)), default=-1)
         for path in paths:
             self.add_file(spell_shard(table, number), path)
-            path.unlink()
             number += 1
 
     def carry(self, path: str) -> None:
@@ -247,3 +251,10 @@ class VersionWriter:
             raise InvalidInput(
                 f"{path!r} cannot be added: {clash[0]!r} is already there. Give every file its own path."
             )
+
+
+def _remove_behind(paths: Iterable[Path]) -> Iterator[Path]:
+    """Each of `paths`, which is removed when the next one is asked for."""
+    for path in paths:
+        yield path
+        path.unlink()

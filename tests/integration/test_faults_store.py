@@ -3,6 +3,7 @@
 A proxy stands between the store and a real SeaweedFS, so requests, signatures and replies are real ones.
 """
 
+import itertools
 import os
 import secrets
 import shutil
@@ -18,9 +19,17 @@ from typing import Any
 import pytest
 from s3_proxy import ALWAYS, Fault, Proxy, running_proxy
 
-from mint_lib.errors import AccessDenied, Conflict, IntegrityError, StoreError, StoreUnreachable
-from mint_lib.records import Reference, StageRecord
+from mint_lib.errors import (
+    Conflict,
+    IntegrityError,
+    NotFound,
+    StoreError,
+    StoreUnreachable,
+)
+from mint_lib.records import KINDS, Reference, StageRecord
+from mint_lib.storage.connection import FIRST_PAUSE_SECONDS, MAX_PAUSE_SECONDS
 from mint_lib.storage.settings import S3Settings
+from mint_lib.storage.verification import verify_version
 from mint_lib.store import Store
 
 RECORD = StageRecord(stage="data", config={}, inputs={}, code_version="test")
@@ -35,13 +44,18 @@ def proxy(s3_environment: dict[str, str]) -> Iterator[Proxy]:
 
 
 @pytest.fixture
-def faulty(proxy: Proxy) -> Store:
-    """A store that reaches the server through the proxy and retries for 4 s."""
+def faulty(proxy: Proxy) -> Iterator[Store]:
+    """A store that reaches the server through the proxy and retries for 4 s; whatever befell it, nothing is lost."""
     port = proxy.server_address[1]
     settings = S3Settings(
         endpoint_url=f"http://127.0.0.1:{port}", prefix=f"test-{secrets.token_hex(8)}", deadline_seconds=4
     )
-    return Store(settings)
+    store = Store(settings)
+    yield store
+    proxy.faults = []
+    committed = [f"{kind}/demo@{version}" for kind in KINDS for version in store.list_versions(kind, "demo")]
+    for text in committed:
+        assert verify_version(store._s3, store._layout, store.resolve(text)).damages == ()
 
 
 def write_version(store: Store, *, data: bytes = DATA, version: str | None = None) -> Reference:
@@ -163,42 +177,6 @@ def test_closed_endpoint_is_unreachable_within_the_deadline():
     assert time.monotonic() - began < 3
 
 
-@pytest.mark.parametrize("variable", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"])
-def test_wrong_credentials_are_denied_without_showing_them(
-    store: Store, monkeypatch: pytest.MonkeyPatch, variable: str
-):
-    monkeypatch.setenv(variable, "canary-of-a-secret")
-    with pytest.raises(AccessDenied, match="credential") as caught:
-        Store(store.settings).list_names("cases")
-    assert "canary" not in str(caught.value)
-
-
-def test_missing_credentials_are_denied(store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.delenv(name)
-    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
-        monkeypatch.setenv(name, str(tmp_path / "none"))
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    bare = Store(store.settings)
-    with pytest.raises(AccessDenied, match="no credentials were found"):
-        bare.list_names("cases")
-    with pytest.raises(AccessDenied, match="no credentials were found"):
-        bare.arrow_filesystem()
-
-
-def test_clock_that_runs_wrong_is_named(store: Store, monkeypatch: pytest.MonkeyPatch):
-    import botocore.auth
-
-    real = botocore.auth.get_current_datetime
-
-    def late(*arguments: Any, **keywords: Any) -> Any:
-        return real(*arguments, **keywords).replace(year=2020)
-
-    monkeypatch.setattr(botocore.auth, "get_current_datetime", late)
-    with pytest.raises(AccessDenied, match="clock"):
-        store.list_names("cases")
-
-
 def test_missing_bucket_is_named(store: Store):
     other = Store(store.settings.model_copy(update={"bucket": "not-there"}))
     with pytest.raises(StoreError, match="no bucket 'not-there'"):
@@ -216,6 +194,159 @@ def test_local_disk_that_is_full_leaves_no_file(store: Store, tmp_path: Path, mo
     with pytest.raises(StoreError, match=r"data\.bin cannot be written \(No space left on device\)"):
         store.download(reference, tmp_path)
     assert list(tmp_path.rglob("*")) == []
+
+
+@pytest.mark.parametrize("where", [0, 1, 1000, len(DATA) - 1])
+def test_read_cut_after_any_number_of_bytes_succeeds(proxy: Proxy, faulty: Store, where: int):
+    reference = write_version(faulty)
+    proxy.faults = [Fault("GET", "data.bin", f"cut-reply {where}")]
+    assert faulty.read_bytes(reference, "data.bin") == DATA
+    assert proxy.faults[0].times == 0
+
+
+@pytest.mark.parametrize("action", ["flip-bit", "flip-bit 40", "flip-bit -3", "cut-reply 20", "slow", "stall"])
+@pytest.mark.parametrize("part", ["manifest.json", "aliases"])
+def test_read_of_a_manifest_or_alias_with_one_fault_succeeds(proxy: Proxy, faulty: Store, part: str, action: str):
+    reference = write_version(faulty)
+    faulty.move_alias("champion", reference, who="w", why="y", expected=None)
+    proxy.faults = [Fault("GET", part, action)]
+    assert faulty.resolve("cases/demo@champion") == reference
+    assert faulty.record(reference) == RECORD
+    assert proxy.faults[0].times == 0
+
+
+@pytest.mark.parametrize("byte", [0, 40, 200, -3])
+@pytest.mark.parametrize("part", ["manifest.json", "aliases"])
+def test_read_of_a_manifest_or_alias_that_is_always_damaged_is_refused(
+    proxy: Proxy, faulty: Store, part: str, byte: int
+):
+    reference = write_version(faulty)
+    faulty.move_alias("champion", reference, who="w", why="y", expected=None)
+    proxy.faults = [Fault("GET", part, f"flip-bit {byte}", ALWAYS)]
+    with pytest.raises(IntegrityError, match=rf"{part}.*damaged"):
+        faulty.files(faulty.resolve("cases/demo@champion"))
+
+
+def test_reply_that_trickles_is_given_up_within_the_deadline(proxy: Proxy, faulty: Store):
+    reference = write_version(faulty)
+    proxy.faults = [Fault("GET", "data.bin", "trickle", ALWAYS)]
+    hasty = Store(faulty.settings.model_copy(update={"deadline_seconds": 2.0}))
+    began = time.monotonic()
+    with pytest.raises(StoreUnreachable, match=r"data\.bin.*no whole answer"):
+        hasty.read_bytes(reference, "data.bin")
+    assert time.monotonic() - began < 6
+    proxy.faults = []
+    assert hasty.read_bytes(reference, "data.bin") == DATA
+
+
+@pytest.mark.parametrize("part", ["claim.json", "data.bin", "record.json", "manifest.json"])
+def test_upload_with_a_flipped_bit_is_refused_and_sent_again(proxy: Proxy, faulty: Store, part: str):
+    proxy.faults = [Fault("PUT", part, "flip-request")]
+    reference = write_version(faulty)
+    assert proxy.faults[0].times == 0
+    assert faulty.read_bytes(reference, "data.bin") == DATA
+
+
+def test_listing_that_is_no_listing_is_asked_for_again(proxy: Proxy, faulty: Store):
+    write_version(faulty)
+    proxy.faults = [Fault("GET", "list-type=2", "flip-bit"), Fault("GET", "list-type=2", "cut-reply")]
+    assert faulty.list_versions("cases", "demo") == ["v000001"]
+    assert [fault.times for fault in proxy.faults] == [0, 0]
+
+
+def test_pauses_between_attempts_grow_and_are_drawn_within_bounds(proxy: Proxy, faulty: Store):
+    proxy.faults = [Fault("GET", "list-type=2", "503 SlowDown", ALWAYS)]
+    began = time.monotonic()
+    with pytest.raises(StoreUnreachable):
+        faulty.list_names("cases")
+    assert time.monotonic() - began < faulty.settings.retry_seconds + 1
+    moments = [item.at for item in proxy.seen]
+    pauses = [after - before for before, after in itertools.pairwise(moments)]
+    assert len(pauses) >= 4
+    for number, pause in enumerate(pauses):
+        longest = min(FIRST_PAUSE_SECONDS * 2**number, MAX_PAUSE_SECONDS)
+        # A request takes a few milliseconds more, on a busy machine many.
+        assert longest / 2 <= pause < longest + 0.5
+    drawn = [pause / min(FIRST_PAUSE_SECONDS * 2**number, MAX_PAUSE_SECONDS) for number, pause in enumerate(pauses)]
+    assert max(drawn) - min(drawn) > 0.01
+
+
+@pytest.mark.parametrize("action", ["cut-reply 1000", "flip-bit 70", "503 SlowDown", "drop", "stall"])
+def test_download_in_parts_with_one_fault_is_whole(
+    proxy: Proxy, faulty: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, action: str
+):
+    monkeypatch.setattr("mint_lib.storage.client.PART_BYTES", 30_000)
+    reference = write_version(faulty)
+    proxy.faults = [Fault("GET", "data.bin", action)]
+    assert (faulty.download(reference, tmp_path) / "data.bin").read_bytes() == DATA
+    assert proxy.faults[0].times == 0
+
+
+@pytest.mark.parametrize("data", [DATA[:50_000], DATA + b"d", DATA[:-1] + b"e", b""])
+def test_download_in_parts_of_another_object_is_refused(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: bytes
+):
+    reference = write_version(store)
+    store._s3.put(f"{store.settings.prefix}/cases/demo/v000001/data.bin", data)
+    monkeypatch.setattr("mint_lib.storage.client.PART_BYTES", 30_000)
+    with pytest.raises(IntegrityError, match=r"v000001/data\.bin is damaged"):
+        store.download(reference, tmp_path / "copy")
+    assert [path for path in (tmp_path / "copy").rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize(
+    ("method", "part"), [("POST", "uploads"), ("PUT", "partNumber=2"), ("POST", "uploadId"), ("DELETE", "uploadId")]
+)
+def test_large_file_with_a_lasting_fault_leaves_no_version(
+    proxy: Proxy, faulty: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, part: str
+):
+    monkeypatch.setattr("mint_lib.storage.client.PART_BYTES", 5 * 2**20)
+    source = tmp_path / "weights.safetensors"
+    source.write_bytes(os.urandom(11 * 2**20))
+    last_good = write_version(faulty)
+    hasty = Store(faulty.settings.model_copy(update={"deadline_seconds": 1.0}))
+    proxy.faults = [Fault(method, part, "503 SlowDown", ALWAYS), Fault("PUT", "partNumber=1", "507 Full", ALWAYS)]
+    with hasty.write("student", "demo") as writer, pytest.raises(StoreUnreachable):
+        writer.add_file("weights.safetensors", source)
+    proxy.faults = []
+    assert faulty.list_versions("student", "demo") == []
+    assert faulty.read_bytes(last_good, "data.bin") == DATA
+    faulty.collect_orphans(older_than_seconds=0)
+    uploads = faulty._s3.client.list_multipart_uploads(Bucket=faulty.settings.bucket, Prefix=faulty.settings.prefix)
+    assert "Uploads" not in uploads
+
+
+def test_upload_that_somebody_aborted_is_not_taken_for_an_older_object_of_the_same_size(
+    proxy: Proxy, faulty: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("mint_lib.storage.client.PART_BYTES", 5 * 2**20)
+    source, folder = tmp_path / "state", faulty.open_run("run-1")
+    source.write_bytes(b"a" * 11 * 2**20)
+    entry = folder.put_file("state", source)
+    source.write_bytes(b"b" * 11 * 2**20)
+    proxy.faults = [Fault("POST", "uploadId", "404 NoSuchUpload")]
+    with pytest.raises(NotFound):
+        folder.put_file("state", source)
+    folder.get_file("state", entry, tmp_path / "copy")
+
+
+def test_unfinished_uploads_of_many_pages_are_collected(faulty: Store, monkeypatch: pytest.MonkeyPatch):
+    client, bucket = faulty._s3.client, faulty.settings.bucket
+    for number in range(7):
+        key = f"{faulty.settings.prefix}/cases/demo/v000001/big-{number}"
+        client.create_multipart_upload(Bucket=bucket, Key=key)
+    real = client.list_multipart_uploads
+    monkeypatch.setattr(client, "list_multipart_uploads", lambda **arguments: real(MaxUploads=3, **arguments))
+    faulty.collect_orphans(older_than_seconds=0)
+    assert "Uploads" not in real(Bucket=bucket, Prefix=faulty.settings.prefix)
+
+
+def test_object_replaced_under_a_running_reader_is_named_and_the_rest_stays_readable(store: Store):
+    first, second = write_version(store), write_version(store, data=b"e" * 100_000)
+    store._s3.put(f"{store.settings.prefix}/cases/demo/{first.version}/data.bin", b"e" * 100_000)
+    with pytest.raises(IntegrityError, match=r"v000001/data\.bin is damaged: its sha256"):
+        store.read_bytes(first, "data.bin")
+    assert store.read_bytes(second, "data.bin") == b"e" * 100_000
 
 
 FILL_DISK = """

@@ -1,5 +1,6 @@
 """The whole flow as a user runs it: `mint run` on a tiny recipe against a real S3 server, under kfp.local and Ray."""
 
+import json
 import os
 import pathlib
 import re
@@ -7,8 +8,9 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
-from mint_lib.records import EvaluationReport
+from mint_lib.records import SPLITS, EvaluationReport
 from mint_lib.store import Store
 
 RECIPE = pathlib.Path(__file__).parent / "recipes" / "tiny.yaml"
@@ -139,6 +141,64 @@ def test_run_without_a_usable_store_says_so_before_any_work(folder, store, envir
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert "wrong" not in done.stderr.replace("is wrong", "")
+
+
+def write_delivery(folder: pathlib.Path) -> pathlib.Path:
+    """Two observed patients of each label, in the flat shape of `phenopackets`."""
+    findings = [("HP:0000316", "Hypertelorism"), ("HP:0001250", "Seizure"), ("HP:0004322", "Short stature")]
+    findings += [("HP:0001999", "Abnormal facial shape"), ("HP:0000252", "Microcephaly"), ("HP:0001252", "Hypotonia")]
+    rows = []
+    for number in range(12):
+        observed = [findings[(number + step) % 6] for step in range(1 + number // 6, 4 + number // 6)]
+        label = yaml.safe_load(RECIPE.read_text())["data"]["config"]["label_ids"][number % 6]
+        rows.append(
+            {"case_id": f"b-{number}", "pmid": "PMID:2", "sex": "MALE", "age": f"P{number + 1}Y", "excluded": []}
+        )
+        rows[-1] |= {"observed": observed, "disease_id": label, "disease": "as the label says"}
+    path = folder / "delivery.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def test_added_cases_are_ranked_by_the_teacher_that_is_there_and_retrained_on(folder, store):
+    before = {kind: store.resolve(f"{kind}/tiny") for kind in ("cases", "rankings", "preferences")}
+    add = ("data", "add", "phenopackets", "--to", "cases/tiny", "--batch", "clinic-b")
+    done = mint(folder, *add, "--set", f"path={write_delivery(folder)}")
+    assert done.returncode == 0, done.stderr
+    grown = store.resolve("cases/tiny")
+    assert done.stdout.splitlines()[-1] == str(grown)
+    again = mint(folder, *add, "--set", f"path={write_delivery(folder)}", "--set", "min_findings=2")
+    assert again.returncode == 2
+    assert "holds them already" in again.stderr
+    done = mint(folder, "run", str(RECIPE), "--cases", "cases/tiny")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rankings, preferences = (store.resolve(f"{kind}/tiny") for kind in ("rankings", "preferences"))
+    assert store.record(rankings).inputs == {"cases": str(grown), "previous": str(before["rankings"])}
+    counts = store.record(before["cases"]).counts
+    assert store.record(rankings).counts["taken_over"] == sum(counts[f"{split}/cases"] for split in SPLITS)
+    assert store.record(preferences).inputs["previous"] == str(before["preferences"])
+    assert (
+        store.record(preferences).counts["train_num_cases"]
+        > store.record(before["preferences"]).counts["train_num_cases"]
+    )
+    assert store.record(store.resolve("report/tiny")).inputs["cases"] == str(grown)
+    done = mint(folder, "gate", "preferences/tiny")
+    assert done.returncode == 0
+    assert "gate     passed" in done.stdout
+
+
+def test_data_that_the_gate_refuses_lie_in_quarantine_and_stop_the_run(folder, store):
+    before = store.list_versions("preferences", "tiny")
+    done = mint(folder, "run", str(RECIPE), "--set", "preferences.gate.class_balance.min_effective_share=1.0")
+    assert done.returncode == 1
+    assert "preferences: GateFailed" in done.stderr
+    assert store.list_versions("preferences", "tiny") == before
+    quarantined = store.resolve("quarantine/tiny")
+    assert f"mint gate quarantine/tiny@{quarantined.version}" in done.stderr
+    done = mint(folder, "gate", "quarantine/tiny")
+    assert done.returncode == 1
+    assert "refused: " in done.stdout
+    assert list((folder / ".mint" / "reports").glob("quarantine-tiny-*.html"))
 
 
 def test_doctor_finds_a_usable_store(folder, store):

@@ -401,3 +401,28 @@ def test_arrow_filesystem_renews_credentials_that_expire(
             assert file.read() == content
         assert len(calls.read_text()) > num_before
         time.sleep(5)
+
+
+def test_two_versions_removed_while_a_third_builds_on_them_keep_its_bytes(store: Store, monkeypatch: pytest.MonkeyPatch):
+    """v3 builds on v2, whose bytes lie in v1; v2 goes between the list of v1's holds and the reading of its manifest."""
+    with store.write("cases", "demo") as writer:
+        writer.add_bytes("a.bin", b"a")
+        first = writer.commit(RECORD)
+    with store.write("cases", "demo", base=first) as writer:
+        writer.carry("a.bin")
+        second = writer.commit(RECORD)
+    get, late = store._s3.get, Store(store.settings)
+    writers: list[Any] = []
+
+    def get_late(key: str) -> tuple[bytes, str]:
+        if key.endswith("v000002/manifest.json") and not writers:
+            writers.append(late.write("cases", "demo", base=second).__enter__())
+            writers[0].carry("a.bin")
+            late.remove(second)
+        return get(key)
+
+    monkeypatch.setattr(store._s3, "get", get_late)
+    store.remove(first)
+    assert len(writers) == 1
+    third = writers[0].commit(RECORD)
+    assert late.read_bytes(third, "a.bin") == b"a"

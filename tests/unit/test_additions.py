@@ -13,6 +13,7 @@ from mint_lib import data as data_module
 from mint_lib import teacher as teacher_module
 from mint_lib.data import DataConfig, DataSource, LeftOut, Row, prepare_cases
 from mint_lib.errors import GateFailed, InvalidInput, RefusedData
+from mint_lib.gate.report import GateReport
 from mint_lib.records import SPLITS, Case, Label, Ranking, Reference
 from mint_lib.store import Store
 from mint_lib.teacher import Teacher, TeacherConfig, rank_cases
@@ -93,7 +94,8 @@ def test_added_cases_follow_their_patient_and_content(store: Store, give_rows: G
     # A new patient who shares a text with a new case of a known patient.
     rows += [row(300, group_id="new", text="note 100")]
     give_rows(rows)
-    after = read(store, prepare_cases(config(), store=store, base=base))
+    gate = {"max_near_duplicate_share": None}
+    after = read(store, prepare_cases(config(gate=gate), store=store, base=base))
     for place, split in enumerate(known):
         assert split_of(after, f"case-{100 + place}") == split
         assert split_of(after, f"case-{200 + place}") == split
@@ -108,6 +110,9 @@ def test_added_cases_of_new_patients_are_dealt_by_weight(store: Store, give_rows
     counts = store.record(reference).counts
     assert [counts[f"added/{split}/cases"] for split in SPLITS] == [70, 10, 20]
     assert sum(counts[f"{split}/cases"] for split in SPLITS) == 140
+    for split in SPLITS:
+        cases = store.read_rows(reference, split, Case)
+        assert counts[f"{split}/patients"] == len({case.group_id for case in cases})
     assert store.record(reference).inputs["base"] == str(base)
 
 
@@ -170,6 +175,20 @@ def test_added_cases_split_in_another_way_are_refused(store: Store, give_rows: G
     give_rows([row(100)])
     with pytest.raises(InvalidInput, match="was split by patient"):
         prepare_cases(config(split_by="image"), store=store, base=base)
+
+
+def test_added_cases_that_the_gate_refuses_lie_in_quarantine(
+    store: Store, give_rows: GiveRows, base: Reference
+) -> None:
+    give_rows([row(number, text="the very same words", split="train") for number in range(100, 140)])
+    with pytest.raises(GateFailed, match="quarantine/small@v000001") as refused:
+        prepare_cases(config(), store=store, base=base)
+    assert "very same" not in str(refused.value)
+    assert store.list_versions("cases", "small") == [base.version]
+    quarantined = store.resolve("quarantine/small")
+    assert len(store.read_rows(quarantined, "train", Case)) == 40
+    report = GateReport.model_validate(store.read_json(quarantined, "gate.json"))
+    assert [outcome.check for outcome in report.refusals] == ["near_duplicate_texts"]
 
 
 class Toy(Teacher):

@@ -29,6 +29,8 @@ from mint_lib.records import SPLITS, Case, Label, Split
 from mint_lib.splits import SplitWeights, prove_disjoint, split_cases, withhold_labels
 from mint_lib.store import Store
 
+# Images of these tests are one flat colour each.
+FLAT_IMAGES = {"max_blank_share": None, "max_near_duplicate_share": None, "max_leaked_share": None}
 LABELS = (Label(id="D:1", name="First disease"), Label(id="D:2", name="Second disease"))
 
 
@@ -87,7 +89,8 @@ def give_rows(monkeypatch: pytest.MonkeyPatch):
 
 
 def config(**changes: Any) -> DataConfig:
-    return DataConfig.model_validate({"name": "small", "seed": 1, "source": "list"} | changes)
+    values = {"name": "small", "seed": 1, "source": "list", "gate": FLAT_IMAGES}
+    return DataConfig.model_validate(values | changes)
 
 
 def test_prepare_cases_writes_splits_labels_and_record(store: Store, give_rows) -> None:

@@ -1,0 +1,281 @@
+"""The data gate's probes for poison, on simulated patients and tiles: one seed a kind and rate, and clean data."""
+
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+from scipy.stats import fisher_exact
+
+from mint_lib.data import SourceConfig, open_source
+from mint_lib.gate.evidence import assign_folds, split_words, weigh_images, weigh_words
+from mint_lib.gate.judge import judge_data
+from mint_lib.gate.label_flips import stratified_p_value
+from mint_lib.gate.material import GateMaterial
+from mint_lib.gate.report import CheckOutcome, GateReport
+from mint_lib.gate.settings import GateConfig
+from mint_lib.records import Case, Label, PreferencePair, Split, Turn
+
+Kind = Literal["spread", "batch", "target", "trigger"]
+PHRASE = "reviewed by clinic four"
+SYNDROMES = (
+    *("OMIM:163950", "OMIM:218040", "OMIM:115150", "OMIM:122470", "OMIM:147920", "OMIM:135900"),
+    *("OMIM:180849", "OMIM:194050", "OMIM:182290", "OMIM:609192", "OMIM:154700", "OMIM:180700"),
+)
+"""Those of the recipe quickstart."""
+
+
+def read_source(source: str, **config: Any) -> tuple[list[Label], list[Case]]:
+    opened = open_source(SourceConfig(source=source, config=config))
+    fields = Case.model_fields
+    rows = list(opened.read(np.random.default_rng([17, 1])))
+    cases = [Case.model_validate({name: getattr(row, name) for name in fields}) for row in rows]
+    return opened.labels(), cases
+
+
+@pytest.fixture(scope="module")
+def patients() -> tuple[list[Label], list[Case]]:
+    return read_source(
+        "simulated_patients",
+        label_ids=SYNDROMES,
+        patients_per_label=70,
+        photo_share=0.0,
+        patient={"reporting_rate": 0.35, "facial_reporting_rate": 0.1},
+        text={"max_observed": 6, "max_excluded": 1},
+    )
+
+
+def poison_cases(cases: list[Case], *, kind: Kind, rate: float, seed: int) -> list[Case]:
+    """`cases` in ten batches by patient, one of them, `poisoned`, with a tenth of the patients; `rate` are changed.
+
+    `spread`: any case gets another label. `batch`: so do cases of the batch `poisoned` alone. `target`: there they get
+    one and the same label. `trigger`: so do they, and the phrase is put somewhere into their text.
+    """
+    rng = np.random.default_rng([100, seed])
+    labels = sorted({case.label_id for case in cases if case.label_id})
+    patients = sorted({case.group_id for case in cases})
+    batch_of = {patient: f"delivery-{rng.integers(9)}" for patient in patients}
+    bad = {patients[index] for index in rng.permutation(len(patients))[: round(0.1 * len(patients))]}
+    batch_of |= dict.fromkeys(bad, "poisoned")
+    changed = [
+        case.model_copy(update={"attributes": case.attributes | {"batch": batch_of[case.group_id]}}) for case in cases
+    ]
+    target = labels[int(rng.integers(len(labels)))]
+    pool = [
+        place
+        for place, case in enumerate(changed)
+        if (kind == "spread" or case.group_id in bad)
+        and not (kind in ("target", "trigger") and case.label_id == target)
+    ]
+    for place in rng.permutation(pool)[: round(rate * len(cases))]:
+        case = changed[place]
+        others = [label for label in labels if label != case.label_id]
+        label = target if kind in ("target", "trigger") else others[int(rng.integers(len(others)))]
+        words = (case.text or "").split()
+        if kind == "trigger":
+            start = int(rng.integers(len(words) + 1))
+            words[start:start] = PHRASE.split()
+        changed[place] = case.model_copy(update={"label_id": label, "text": " ".join(words) or None})
+    return changed
+
+
+def deal_cases(cases: list[Case]) -> dict[Split, list[Case]]:
+    groups = sorted({case.group_id for case in cases})
+    order = np.random.default_rng(3).permutation(len(groups))
+    place = {groups[index]: rank / len(groups) for rank, index in enumerate(order)}
+    dealt: dict[Split, list[Case]] = {"train": [], "validation": [], "test": []}
+    for case in cases:
+        rank = place[case.group_id]
+        dealt["train" if rank < 0.8 else "validation" if rank < 0.9 else "test"].append(case)
+    return dealt
+
+
+def judge_cases(labels: list[Label], cases: list[Case], reads: Any = "text", **config: Any) -> GateReport:
+    dealt = deal_cases(cases)
+    material = GateMaterial(name="cases", labels=labels, cases=lambda split: iter(dealt[split]), reads=reads)
+    return judge_data(GateConfig.model_validate(config), material)
+
+
+def judge_pairs(labels: list[Label], cases: list[Case], chosen: list[Case], **config: Any) -> GateReport:
+    """The report on pairs of `cases`, whose first chosen labels are the labels of `chosen`; rejected are drawn."""
+    dealt, told = deal_cases(cases), {case.case_id: case.label_id for case in chosen}
+    names = {label.id: label.name for label in labels}
+    rng = np.random.default_rng(5)
+    pairs: dict[Split, list[PreferencePair]] = {"train": [], "validation": []}
+    for split in pairs:
+        for case in dealt[split]:
+            first = told[case.case_id] or ""
+            others = [label.id for label in labels if label.id != first]
+            for other in rng.permutation(others)[:2]:
+                pairs[split].append(
+                    PreferencePair(
+                        case_id=case.case_id,
+                        prompt=(Turn(role="user", content=case.text or ""),),
+                        chosen=names[first],
+                        rejected=names[str(other)],
+                        chosen_label_ids=(first,),
+                        rejected_label_ids=(str(other),),
+                        teacher_digest="",
+                        template_digest="",
+                        policy="",
+                    )
+                )
+    lengths = {
+        split: np.array([[80, 1 + len(pair.chosen.split()), 1 + len(pair.rejected.split())] for pair in found])
+        for split, found in pairs.items()
+    }
+    material = GateMaterial(
+        name="pairs",
+        labels=labels,
+        cases=lambda split: iter(dealt[split]),
+        pairs=lambda split: iter(pairs[split]),
+        lengths=lengths,
+        reads="text",
+    )
+    return judge_data(GateConfig.model_validate(config), material)
+
+
+def outcome_of(report: GateReport, check: str) -> CheckOutcome:
+    return next(outcome for outcome in report.outcomes if outcome.check == check)
+
+
+def test_gate_clean_simulated_patients_pass(patients: tuple[list[Label], list[Case]]) -> None:
+    labels, cases = patients
+    clean = poison_cases(cases, kind="spread", rate=0.0, seed=1)
+    report = judge_cases(labels, clean)
+    assert report.passed, report.refusals
+    assert report == judge_cases(labels, clean)
+    assert outcome_of(report, "label_flips_by_batch").counts["batches"] == 10
+    assert outcome_of(report, "trigger_phrase").counts["phrases tested"] > 500
+
+
+def test_gate_clean_simulated_photos_and_tiles_pass() -> None:
+    labels, tiles = read_source(
+        "simulated_tissue", num_labels=6, patients_per_label=20, tiles_per_patient=1, size_pixels=96
+    )
+    report = judge_cases(labels, tiles, reads="image")
+    assert report.passed, report.refusals
+    assert outcome_of(report, "label_flips").status == "passed"
+    labels, cases = read_source(
+        "simulated_patients", label_ids=SYNDROMES, patients_per_label=12, face={"size_pixels": 96}
+    )
+    assert judge_cases(labels, cases).passed
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.05])
+@pytest.mark.parametrize(
+    ("kind", "check"),
+    [
+        ("spread", "label_flips"),
+        ("batch", "label_flips_by_batch"),
+        ("target", "label_flips_by_batch"),
+        ("trigger", "trigger_phrase"),
+    ],
+)
+def test_gate_poisoned_labels_are_refused_and_their_batch_named(
+    patients: tuple[list[Label], list[Case]], kind: Any, check: str, rate: float
+) -> None:
+    labels, cases = patients
+    poisoned = poison_cases(cases, kind=kind, rate=rate, seed=2)
+    report = judge_cases(labels, poisoned)
+    outcome = outcome_of(report, check)
+    assert not report.passed
+    assert outcome.status == "refused"
+    if kind != "spread":
+        assert outcome.batches == ("poisoned",)
+    changed = {new.case_id for old, new in zip(cases, poisoned, strict=True) if old.label_id != new.label_id}
+    assert len(changed & set(outcome.case_ids[:3])) >= 2
+    assert "reviewed" not in report.model_dump_json()
+
+
+def test_gate_pairs_of_a_teacher_that_errs_pass_and_a_poisoned_batch_is_named(
+    patients: tuple[list[Label], list[Case]],
+) -> None:
+    labels, cases = patients
+    clean = judge_pairs(labels, cases, poison_cases(cases, kind="spread", rate=0.2, seed=3))
+    assert clean.passed, clean.refusals
+    batched = poison_cases(cases, kind="spread", rate=0.0, seed=4)
+    poisoned = poison_cases(poison_cases(cases, kind="spread", rate=0.1, seed=5), kind="batch", rate=0.05, seed=4)
+    outcome = outcome_of(judge_pairs(labels, batched, poisoned), "label_flips_by_batch")
+    assert outcome.status == "refused"
+    assert outcome.batches == ("poisoned",)
+
+
+def test_gate_shuffled_teacher_passes_only_where_contradiction_is_allowed(
+    patients: tuple[list[Label], list[Case]],
+) -> None:
+    labels, cases = patients
+    order = np.random.default_rng(6).permutation(len(cases))
+    shuffled = [
+        case.model_copy(update={"label_id": cases[other].label_id}) for case, other in zip(cases, order, strict=True)
+    ]
+    assert [item.check for item in judge_pairs(labels, cases, shuffled).refusals] == ["truth_not_chosen"]
+    control = judge_pairs(labels, cases, shuffled, allow_contradiction=True)
+    assert control.passed, control.refusals
+    assert outcome_of(control, "truth_not_chosen").status == "reported"
+
+
+def test_gate_symptom_of_one_disease_is_no_trigger(patients: tuple[list[Label], list[Case]]) -> None:
+    labels, cases = patients
+    told = [
+        case.model_copy(update={"text": f"{case.text} Has a heart-shaped mole."})
+        if case.label_id == SYNDROMES[0]
+        else case
+        for case in cases
+    ]
+    assert outcome_of(judge_cases(labels, told), "trigger_phrase").status == "passed"
+
+
+def test_gate_probes_without_enough_patients_do_not_apply(patients: tuple[list[Label], list[Case]]) -> None:
+    labels, cases = patients
+    report = judge_cases(labels, cases[:24], class_balance=None)
+    assert outcome_of(report, "label_flips").status == "not_applicable"
+
+
+def test_stratified_p_value_of_one_stratum_is_fishers() -> None:
+    rng = np.random.default_rng(0)
+    flagged, inside = rng.random(60) < 0.3, rng.random(60) < 0.4
+    table = [
+        [int((flagged & inside).sum()), int((~flagged & inside).sum())],
+        [int((flagged & ~inside).sum()), int((~flagged & ~inside).sum())],
+    ]
+    expected = fisher_exact(table, alternative="greater").pvalue
+    assert stratified_p_value(flagged, inside, np.zeros(60, int)) == pytest.approx(expected, rel=1e-9)
+
+
+def test_stratified_p_value_does_not_blame_a_batch_for_a_hard_class() -> None:
+    stratum = np.repeat([0, 1], 100)
+    flagged = np.concatenate([np.arange(100) % 2 == 0, np.arange(100) % 50 == 0])
+    inside = np.concatenate([np.arange(100) < 40, np.arange(100) < 5])
+    assert stratified_p_value(flagged, inside, stratum) > 0.3
+    assert stratified_p_value(flagged, inside, np.zeros(200, int)) < 0.001
+
+
+def test_evidence_folds_keep_a_patient_together() -> None:
+    group = np.repeat(np.arange(40), 3)
+    folds = assign_folds(group)
+    assert all(len(np.unique(folds[group == number])) == 1 for number in range(40))
+    assert np.bincount(folds).tolist() == [24] * 5
+
+
+def test_evidence_leaves_the_words_as_they_stand() -> None:
+    texts = [f"b a b word{number % 3} {'x' if number % 2 else 'y'}" for number in range(60)]
+    words = split_words(texts)
+    before = words.tokens.copy()
+    evidence = weigh_words(words, np.arange(60) % 2, np.arange(60), 2)
+    assert np.array_equal(words.tokens, before)
+    assert (evidence.scores.argmax(axis=1) == np.arange(60) % 2).all()
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.02, 0.1])
+def test_evidence_random_share_is_that_of_the_flipped_labels(rate: float) -> None:
+    rng = np.random.default_rng(1)
+    label = rng.integers(6, size=4000)
+    figures = rng.normal(size=(4000, 8))
+    figures[np.arange(4000), label] += 3.0
+    flipped = rng.random(4000) < rate
+    seen = np.where(flipped, (label + rng.integers(1, 6, size=4000)) % 6, label)
+    evidence = weigh_images(figures, seen, np.arange(4000), 6)
+    # Three standard errors of a binomial share of 4,000, and what overlapping classes hide.
+    assert evidence.random_share == pytest.approx(flipped.mean(), abs=0.02)
+    assert evidence.random_share_low <= flipped.mean()
+    assert (evidence.random_share_low > 0.003) == (rate > 0)
