@@ -35,9 +35,9 @@ def align_student(
     Training begins with the base, or with what `start`, a version of `student`, trained on it. The result holds both.
 
     Raises:
-        InvalidInput: the gate never judged the pairs, there are none for training or validation, they hold images and the student reads none or
-            the other way round, the batch cannot be divided over the workers, or `start` is of another base or holds
-            trained weights that this training has no place for.
+        InvalidInput: the gate never judged the pairs, there are none for training or validation, they hold images and
+            the student reads none or the other way round, the batch cannot be divided over the workers, or `start` is
+            of another base or holds trained weights that this training has no place for.
         GateFailed: the gate refused the pairs.
         PromptTooLong: a prompt and its answer exceed the student's window, and such prompts are not to be cut.
         RefusedData: a loss or gradient is not finite; carries the case ids.

@@ -24,6 +24,7 @@ from mint_lib.additions import KnownCases, limit_labels, place_additions
 from mint_lib.dataset_card.beside import add_card
 from mint_lib.dataset_card.description import describe_draft
 from mint_lib.dataset_card.facts import DatasetFacts
+from mint_lib.deidentification.config import DeidentificationConfig
 from mint_lib.errors import InvalidInput, RefusedData
 from mint_lib.gate.material import GateMaterial
 from mint_lib.gate.report import GateReport
@@ -89,6 +90,9 @@ class DataConfig(SourceConfig):
     """Pixels of an image above which its row is refused before decoding (decompression bombs)."""
     max_image_bytes: int = Field(default=20_971_520, ge=1)
     """Encoded size of an image above which its row is refused."""
+    deidentify: DeidentificationConfig | None = None
+    """Replace what identifies somebody in texts, attributes and ids by surrogates; cases of which this cannot be told
+    go to a version of `quarantine`. None: texts are taken as they are, and the record says so."""
     card: DatasetFacts = DatasetFacts()
     """What the owners of the data state of them, for the card."""
     gate: GateConfig = GateConfig()
@@ -207,6 +211,18 @@ def prepare_cases(config: DataConfig, *, store: "Store", base: Reference | None 
         test_cases = [case for case, _ in test_rows]
     sources = [item for item in (source, test_source) if item is not None]
     contents: tuple[Content, ...] = ("image",) if any(item.describes_images for item in sources) else ("text", "image")
+    notes = [note for item in sources for note in item.notes()]
+    metrics: dict[str, float] = {}
+    if config.deidentify is not None:
+        cleaning = _Cleaning(config, labels)
+        metrics = cleaning.metrics
+        rows = [(case, split) for row, split in rows if (case := cleaning.clean(row)) is not None]
+        test_cases = [case for row in test_cases if (case := cleaning.clean(row)) is not None]
+        counts.update(cleaning.counts)
+        cleaning.set_aside(store, inputs={f"source/{index}": item.digest() for index, item in enumerate(sources)})
+        notes.append(cleaning.describe())
+    elif any(case.text and not case.synthetic for case in (*(case for case, _ in rows), *test_cases)):
+        notes.append("Texts of observed cases were not de-identified by this platform (data.deidentify).")
     rng = np.random.default_rng([config.seed, 3])
     if base is None:
         splits = split_cases(
@@ -230,10 +246,14 @@ def prepare_cases(config: DataConfig, *, store: "Store", base: Reference | None 
     else:
         splits = _add_to_base(rows, config, store=store, base=base, contents=contents, rng=rng, counts=counts)
     counts.update(_count_splits(splits))
-    notes = [note for item in sources for note in item.notes()] + _describe_origin(splits)
+    notes += _describe_origin(splits)
     if config.split_by == "image":
         notes.insert(0, describe_leak(splits, knows_patients=source.knows_patients))
     inputs = {f"source/{index}": item.digest() for index, item in enumerate(sources)}
+    if config.deidentify is not None:
+        from mint_lib.deidentification.vocabulary import digest_vocabulary
+
+        inputs["deidentification/words"] = digest_vocabulary()
     if base is not None:
         counts = _add_counts(counts, store.record(base).counts)
         notes = list(dict.fromkeys([*store.record(base).notes, *notes]))
@@ -262,6 +282,7 @@ def prepare_cases(config: DataConfig, *, store: "Store", base: Reference | None 
             inputs=inputs,
             code_version=code_version(),
             counts=dict(sorted(counts.items())),
+            metrics=metrics,
             notes=tuple(notes),
         )
         draft = describe_draft(
@@ -301,6 +322,73 @@ def _judge(
         gate = gate.model_copy(update={"max_shared_patients": None})
     reads: Literal["text", "image"] = "image" if describes_images else "text"
     return judge_data(gate, GateMaterial(name=config.name, labels=labels, cases=read, reads=reads, previous=previous))
+
+
+class _Cleaning:
+    """De-identification of the cases of one run; what it is not sure of is kept apart."""
+
+    def __init__(self, config: DataConfig, labels: list[Label]):
+        from mint_lib.deidentification.config import read_key
+        from mint_lib.deidentification.deidentifier import Deidentifier
+
+        assert config.deidentify is not None
+        self._config = config
+        phrases = [word for label in labels for word in (label.name, *label.synonyms)]
+        self._deidentifier = Deidentifier(config.deidentify, key=read_key(), known_phrases=phrases)
+        figures = self._deidentifier.check_recall()
+        low, high = figures.recall.interval()
+        self.metrics = {
+            "deidentification_recall": figures.recall.value,
+            "deidentification_recall_low": low,
+            "deidentification_recall_high": high,
+            "deidentification_precision": figures.precision.value,
+        }
+        self.counts: collections.Counter[str] = collections.Counter()
+        self._unsure: list[Case] = []
+        self._causes: dict[str, list[str]] = collections.defaultdict(list)
+
+    def clean(self, case: Case) -> Case | None:
+        """The case with surrogates; None where it is put aside."""
+        from mint_lib.deidentification.deidentifier import Unsure
+
+        outcome = self._deidentifier.clean_case(case)
+        if isinstance(outcome, Unsure):
+            self._unsure.append(case)
+            self._causes[outcome.cause].append(case.case_id)
+            self.counts[f"deidentification/unsure/{outcome.cause}"] += 1
+            return None
+        self.counts.update({f"deidentification/replaced/{kind}": count for kind, count in outcome.counts.items()})
+        self.counts["deidentification/cases"] += 1
+        return outcome.case
+
+    def set_aside(self, store: "Store", *, inputs: dict[str, str]) -> None:
+        """Write the cases in doubt, as they came, to a version of `quarantine`, which only people read."""
+        if not self._unsure:
+            return
+        record = StageRecord(
+            stage="data",
+            config=self._config.model_dump(mode="json"),
+            inputs=inputs,
+            code_version=code_version(),
+            counts={f"unsure/{cause}": len(ids) for cause, ids in sorted(self._causes.items())},
+            notes=("Texts as they came: they may identify patients. Look at each and correct its source.",),
+        )
+        with store.write("quarantine", self._config.name) as version:
+            version.add_rows("unsure", self._unsure, case_schema())
+            version.add_json("causes.json", dict(sorted(self._causes.items())))
+            reference = version.commit(record)
+        logger.warning(
+            "data: %d cases are put aside in %s: they may not be de-identified", len(self._unsure), reference
+        )
+
+    def describe(self) -> str:
+        """What a reader of the card must know."""
+        recall, low, high = (self.metrics[f"deidentification_recall{end}"] for end in ("", "_low", "_high"))
+        return (
+            f"De-identified with surrogates: {self.counts['deidentification/cases']} cases; {len(self._unsure)} more "
+            f"were put aside. Recall {recall:.4f} ({low:.4f} to {high:.4f}) on invented held-out notes; no claim about "
+            "real ones."
+        )
 
 
 def read_labels(store: "Store", cases: Reference) -> list[Label]:
@@ -445,16 +533,18 @@ def validate_row(row: Row, config: DataConfig, *, label_ids: set[str], seen: set
         return "unknown label"
     if not (row.text and row.text.strip()) and not row.image:
         return "neither text nor image"
-    if row.image is not None:
-        cause = find_image_fault(row.image, max_pixels=config.max_image_pixels, max_bytes=config.max_image_bytes)
-        if cause is not None:
-            return cause
+    image = row.image
+    if image is not None:
+        outcome = _read_image(image, config, has_metadata=not row.synthetic)
+        if isinstance(outcome, str):
+            return outcome
+        image = outcome
     try:
         case = Case(
             case_id=row.case_id,
             group_id=row.group_id,
             text=row.text if row.text and row.text.strip() else None,
-            image=row.image,
+            image=image,
             findings=row.findings,
             label_id=row.label_id,
             attributes=({"batch": config.batch} if config.batch else {}) | dict(row.attributes),
@@ -470,6 +560,30 @@ def validate_row(row: Row, config: DataConfig, *, label_ids: set[str], seen: set
     except UnicodeEncodeError:
         return "not valid Unicode"
     return case
+
+
+def _read_image(data: bytes, config: DataConfig, *, has_metadata: bool) -> bytes | str:
+    """The pixels as PNG or JPEG, or the cause for which the image is refused. DICOM is read too.
+
+    Metadata are taken away where there may be any of a patient: what a program drew carries its mark there.
+    """
+    from mint_lib.image_inputs.dicom import read_dicom
+    from mint_lib.image_inputs.metadata import strip_metadata
+
+    if len(data) > config.max_image_bytes:
+        return "image too large"
+    if data[128:132] == b"DICM":
+        outcome = read_dicom(data, max_pixels=config.max_image_pixels)
+        if isinstance(outcome, str):
+            return f"DICOM: {outcome}"
+        data = outcome
+    cause = find_image_fault(data, max_pixels=config.max_image_pixels, max_bytes=config.max_image_bytes)
+    if cause is not None:
+        return cause
+    try:
+        return strip_metadata(data) if has_metadata else data
+    except InvalidInput:
+        return "corrupt image"
 
 
 def find_image_fault(data: bytes, *, max_pixels: int, max_bytes: int) -> str | None:

@@ -15,6 +15,7 @@ from pipelines.cluster_commands import compile_pipeline, submit
 from pipelines.data_commands import card, export
 from pipelines.diff import diff
 from pipelines.options import ClusterPath, Overrides, RecipePath, load, load_cluster_file, log_to_stderr, make_console
+from pipelines.store_commands import gc, verify
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -367,25 +368,10 @@ def schema() -> None:
 app.command(name="compile")(compile_pipeline)
 app.command()(submit)
 app.command()(diff)
+app.command()(verify)
+app.command()(gc)
 app.command()(card)
 app.command()(export)
-
-
-@app.command()
-def gc(
-    older_than_hours: Annotated[float, typer.Option(help="Leave younger ones: their writer may be alive.")] = 24.0,
-    delete: Annotated[bool, typer.Option("--delete", help="Delete them; without it they are only listed.")] = False,
-) -> None:
-    """List or delete what crashed writers left: files of versions that were never committed."""
-    from pipelines.stores import open_store
-
-    with open_store() as store:
-        seconds = older_than_hours * 3600
-        orphans = store.collect_orphans(older_than_seconds=seconds) if delete else store.list_orphans()
-    console = make_console()
-    for orphan in orphans:
-        console.print(f"{orphan.version}  {orphan.num_objects} objects", highlight=False, soft_wrap=True)
-    console.print(f"{len(orphans)} unfinished versions {'deleted' if delete else 'found; --delete removes old ones'}.")
 
 
 def _add_stage_command(stage: str, doc: str) -> None:

@@ -1,7 +1,7 @@
 """Dates of a text: where they are, and the same date some days later in the same spelling.
 
-Goes in: a text. Comes out: spans of type `date`, and shifted spellings. A date without a year or a day is shifted too. A
-year alone is a date only as that of a birth: Safe Harbor (45 CFR 164.514(b)(2)) allows the others. Knows no patient.
+Goes in: a text. Comes out: spans of type `date`, and shifted spellings. A date without a year or a day is shifted too.
+A year alone is a date only as that of a birth: Safe Harbor (45 CFR 164.514(b)(2)) allows the others. Knows no patient.
 """
 
 import calendar

@@ -2,7 +2,7 @@
 
 Goes in: a text, attributes or a whole case, and a secret key. Comes out: the same with surrogates and counts by type,
 or `Unsure` with a cause. It fails closed: whatever the second look doubts is `Unsure`. No content stands in any error,
-log, count or cause. Knows no store; images are cleaned by `mint_lib.image_inputs.metadata`.
+log, count or cause. Knows no store.
 """
 
 import re
@@ -19,7 +19,8 @@ from mint_lib.deidentification.spans import Span
 from mint_lib.deidentification.surrogates import Surrogates, draw_pseudonym
 from mint_lib.deidentification.vocabulary import plain
 from mint_lib.deidentification.word_lists import read_words
-from mint_lib.errors import GateFailed
+from mint_lib.errors import GateFailed, InvalidInput
+from mint_lib.image_inputs.metadata import strip_metadata
 from mint_lib.records import Case, Finding
 
 _MOST_CHARACTERS = 50_000  # about ten pages; longer texts are no notes, and the recognisers take their time
@@ -153,9 +154,9 @@ class Deidentifier:
         return cleaned
 
     def clean_case(self, case: Case) -> CleanedCase | Unsure:
-        """The whole case without identifiers: text, attributes, findings; its ids and the patient's as pseudonyms.
+        """The whole case without identifiers: text, attributes, findings, the image's metadata; ids as pseudonyms.
 
-        The image is not touched.
+        What the pixels of the image show stays.
         """
         counts: dict[str, int] = {}
         text = case.text
@@ -169,11 +170,17 @@ class Deidentifier:
             return attributes
         if not all(self._is_coded(finding) for finding in case.findings):
             return Unsure("finding")
+        try:
+            image = None if case.image is None else strip_metadata(case.image)
+        except InvalidInput:
+            return Unsure("image")
         ids = {
             "case_id": draw_pseudonym(self._key, "case", case.case_id),
             "group_id": draw_pseudonym(self._key, "patient", case.group_id),
         }
-        return CleanedCase(case.model_copy(update={**ids, "text": text, "attributes": attributes}), counts)
+        return CleanedCase(
+            case.model_copy(update={**ids, "text": text, "image": image, "attributes": attributes}), counts
+        )
 
     def _is_coded(self, finding: Finding) -> bool:
         """A finding whose label holds nothing of a person."""

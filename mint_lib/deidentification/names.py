@@ -83,7 +83,9 @@ def _looks_like_name(text: str, word: Word, vocabulary: Vocabulary) -> bool:
         return is_listed or len(word.text) > 5
     if word.text[0].isupper():
         return True
-    return is_listed and len(word.plain) > 2
+    # Of a word such as down-sloping only what is no ordinary word can tell.
+    parts = re.split(r"['’-]", word.text)
+    return len(word.plain) > 2 and any(vocabulary.is_name(part) for part in parts if not vocabulary.is_safe(part))
 
 
 def _add_after_cues(

@@ -2,10 +2,11 @@
 
 Goes in: the word lists of the package philter-lite (Norgeot et al., npj Digital Medicine 2020: 195,253 words that are
 safe in clinical notes, 97,014 first names, 161,470 last names), which is located and read and never imported, and the
-eponyms of `eponyms.txt`. Comes out: sets of small-letter words, and a search for known phrases. Knows no recogniser.
+eponyms of `eponyms.yaml`. Comes out: sets of small-letter words, and a search for known phrases. Knows no recogniser.
 """
 
 import functools
+import hashlib
 import importlib.util
 import pathlib
 import re
@@ -13,6 +14,8 @@ import tomllib
 import unicodedata
 from collections.abc import Iterable
 from typing import NamedTuple
+
+import yaml
 
 from mint_lib.deidentification.word_lists import read_words
 from mint_lib.errors import MissingDependency
@@ -53,26 +56,42 @@ def load_vocabulary() -> Vocabulary:
     Raises:
         MissingDependency: the package with the lists is not installed.
     """
+    lists = tomllib.loads(_find_word_lists().read_text(encoding="utf-8"))
+    return Vocabulary(
+        safe=frozenset(lists["nonames"]) - {""} | _ALSO_SAFE | frozenset(_read_list("medical_words.yaml")),
+        first=frozenset(lists["firstnames"]) - _ALSO_SAFE,
+        last=frozenset(lists["lastnames"]) - _ALSO_SAFE,
+    )
+
+
+def digest_vocabulary() -> str:
+    """`sha256:...` of the package's word lists, on which every result depends.
+
+    Raises:
+        MissingDependency: the package with the lists is not installed.
+    """
+    return "sha256:" + hashlib.sha256(_find_word_lists().read_bytes()).hexdigest()
+
+
+def _find_word_lists() -> pathlib.Path:
     package = importlib.util.find_spec("philter_lite")
     if package is None or not package.submodule_search_locations:
         raise MissingDependency(
             "De-identification reads the word lists of the package philter-lite, which is not installed. "
             "Install mint-platform[train], or philter-lite."
         )
-    path = pathlib.Path(package.submodule_search_locations[0]) / "filters" / "set.toml"
-    lists = tomllib.loads(path.read_text(encoding="utf-8"))
-    return Vocabulary(
-        safe=frozenset(lists["nonames"]) - {""} | _ALSO_SAFE,
-        first=frozenset(lists["firstnames"]) - _ALSO_SAFE,
-        last=frozenset(lists["lastnames"]) - _ALSO_SAFE,
-    )
+    return pathlib.Path(package.submodule_search_locations[0]) / "filters" / "set.toml"
 
 
 @functools.cache
 def read_eponyms() -> tuple[str, ...]:
     """Disease names and signs that are named after people or places."""
-    text = pathlib.Path(__file__).with_name("eponyms.txt").read_text(encoding="utf-8")
-    return tuple(line for line in text.splitlines() if line and not line.startswith("#"))
+    return _read_list("eponyms.yaml")
+
+
+def _read_list(name: str) -> tuple[str, ...]:
+    """The entries of a file of this package."""
+    return tuple(yaml.safe_load(pathlib.Path(__file__).with_name(name).read_text(encoding="utf-8")))
 
 
 def plain(word: str) -> str:

@@ -97,10 +97,17 @@ class MedicalNames:
                 found.append((word.start, _token_end(text, word.end)))
         # A rare eponym, such as Prader-Willi, needs no word behind it; a common name, such as Down, does.
         for start, end in eponyms:
-            if "-" in text[start:end] or not self._vocabulary.is_name(text[start:end]):
+            if self._stands_alone(text[start:end]):
                 found.append((start, end))
         titled = {word.start for before, word in itertools.pairwise(words) if before.plain in TITLES}
         return [(start, end) for start, end in found if start not in titled]
+
+    def _stands_alone(self, eponym: str) -> bool:
+        """An eponym that is nobody's name: no list has it, or it has a hyphen or an ordinary word."""
+        has_plain_word = any(
+            self._vocabulary.is_safe(word) and not self._vocabulary.is_name(word) for word in eponym.split()
+        )
+        return "-" in eponym or has_plain_word or not self._vocabulary.is_name(eponym)
 
     def _is_telling(self, phrase: str) -> bool:
         """A phrase of names only could be somebody."""

@@ -20,7 +20,7 @@ from mint_lib.gate.settings import GateConfig, TriggerConfig
 
 CHECK, TITLE = "trigger_phrase", "Trigger phrase"
 _LEAST_PURITY = 0.5
-_SLACK = 2.0
+_SLACK = 1.5
 """Factor on the rate of contradictions by which a note may speak less clearly without its best words."""
 
 

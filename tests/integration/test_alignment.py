@@ -8,8 +8,8 @@ import io
 import json
 
 import pytest
-from tiny_preferences import add_passed_gate
 from faulty_alignment import list_run_files
+from tiny_preferences import add_passed_gate
 
 from mint_lib.alignment import align_student
 from mint_lib.errors import GateFailed, InvalidInput, PromptTooLong

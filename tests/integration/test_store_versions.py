@@ -403,8 +403,10 @@ def test_arrow_filesystem_renews_credentials_that_expire(
         time.sleep(5)
 
 
-def test_two_versions_removed_while_a_third_builds_on_them_keep_its_bytes(store: Store, monkeypatch: pytest.MonkeyPatch):
-    """v3 builds on v2, whose bytes lie in v1; v2 goes between the list of v1's holds and the reading of its manifest."""
+def test_two_versions_removed_while_a_third_builds_on_them_keep_its_bytes(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+):
+    """v3 builds on v2, whose bytes lie in v1; v2 goes after v1's holds were listed and before its manifest is read."""
     with store.write("cases", "demo") as writer:
         writer.add_bytes("a.bin", b"a")
         first = writer.commit(RECORD)

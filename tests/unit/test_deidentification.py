@@ -1,12 +1,15 @@
 """Surrogates instead of identifiers: what goes on is clean, the same for the same patient, and else nothing goes on."""
 
 import datetime
+import io
 import logging
 import re
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from pydantic import ValidationError
 
 from mint_lib.deidentification.config import KEY_VARIABLE, DeidentificationConfig, read_key
@@ -56,6 +59,14 @@ MEDICINE = (
 @pytest.fixture(scope="module")
 def deidentifier() -> Deidentifier:
     return Deidentifier(DeidentificationConfig(), key=KEY)
+
+
+def _png(comment: str) -> bytes:
+    info = PngInfo()
+    info.add_text("Patient", comment)
+    buffer = io.BytesIO()
+    Image.new("L", (4, 4)).save(buffer, "PNG", pnginfo=info)
+    return buffer.getvalue()
 
 
 def _note() -> str:
@@ -248,6 +259,7 @@ def test_clean_case_replaces_ids_and_text_and_leaves_what_is_coded(deidentifier:
         findings=(Finding(id="HP:0001250", label="Seizure"),),
         label_id="OMIM:154700",
         attributes={"age_years": "97"},
+        image=_png("Ysolde Quarrington"),
         source="clinic",
         synthetic=False,
     )
@@ -257,6 +269,9 @@ def test_clean_case_replaces_ids_and_text_and_leaves_what_is_coded(deidentifier:
     assert isinstance(outcome, CleanedCase), outcome
     shown = repr(outcome)
     assert [secret for secret in SECRETS if secret in shown] == []
+    assert outcome.case.image is not None
+    assert b"Quarrington" not in outcome.case.image
+    assert deidentifier.clean_case(case.model_copy(update={"image": b"no image"})) == Unsure("image")
     assert outcome.case.findings == case.findings
     assert outcome.case.label_id == case.label_id
     assert re.fullmatch(r"patient-[0-9a-f]{16}", outcome.case.group_id)

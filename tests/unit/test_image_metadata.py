@@ -3,6 +3,7 @@
 import io
 import struct
 import zlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ def _exif(orientation: int = 1) -> Image.Exif:
     return exif
 
 
-def _jpeg(orientation: int = 1, **options: object) -> bytes:
+def _jpeg(orientation: int = 1, **options: Any) -> bytes:
     buffer = io.BytesIO()
     xmp = f"<x:xmpmeta>{CANARY}</x:xmpmeta>".encode()
     _picture(str(options.pop("mode", "RGB"))).save(
@@ -41,7 +42,7 @@ def _jpeg(orientation: int = 1, **options: object) -> bytes:
     return data[:2] + struct.pack(">BBH", 0xFF, 0xED, len(iptc) + 2) + iptc + data[2:] + CANARY.encode()
 
 
-def _png(mode: str = "RGB", orientation: int = 1, **options: object) -> bytes:
+def _png(mode: str = "RGB", orientation: int = 1, **options: Any) -> bytes:
     info = PngInfo()
     info.add_text("Patient", CANARY)
     info.add_text("Note", CANARY, zip=True)
@@ -72,7 +73,7 @@ def _chunk_names(data: bytes) -> set[bytes]:
     [{}, {"progressive": True}, {"mode": "L"}, {"mode": "CMYK"}, {"restart_marker_rows": 1}, {"subsampling": 2}],
     ids=str,
 )
-def test_jpeg_with_metadata_keeps_its_pixels_and_nothing_else(options: dict[str, object]) -> None:
+def test_jpeg_with_metadata_keeps_its_pixels_and_nothing_else(options: dict[str, Any]) -> None:
     data = _jpeg(**options)
     stripped = strip_metadata(data)
 
