@@ -9,18 +9,14 @@ split by image, which the record calls a leak. Knows no source by name.
 import abc
 import collections
 import hashlib
-import io
 import logging
-import struct
-import warnings
-import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter
 
 from mint_lib.additions import KnownCases, limit_labels, place_additions
+from mint_lib.case_rows import ImageLimits, LeftOut, Row, validate_row
 from mint_lib.dataset_card.beside import add_card
 from mint_lib.dataset_card.description import describe_draft
 from mint_lib.dataset_card.facts import DatasetFacts
@@ -31,7 +27,7 @@ from mint_lib.gate.report import GateReport
 from mint_lib.gate.settings import GateConfig
 from mint_lib.gate.verdict import REPORT, add_report, choose_kind, enforce, read_report
 from mint_lib.plugins import load_plugin, parse_plugin_config
-from mint_lib.records import SPLITS, Case, Finding, Label, Name, Reference, Split, StageRecord, code_version
+from mint_lib.records import SPLITS, Case, Label, Name, Reference, Split, StageRecord, code_version
 from mint_lib.rows import case_schema
 from mint_lib.splits import (
     Content,
@@ -52,7 +48,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 _SHOWN_IDS = 5
-_IMAGE_FORMATS = ("PNG", "JPEG")
 
 
 class SourceConfig(BaseModel):
@@ -97,33 +92,6 @@ class DataConfig(SourceConfig):
     """What the owners of the data state of them, for the card."""
     gate: GateConfig = GateConfig()
     """What the cases must satisfy as a whole; the preferences stage judges them again, with its pairs."""
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One row as a source reads it; any of it may be wrong. The fields are those of `Case`."""
-
-    case_id: str
-    group_id: str
-    source: str
-    synthetic: bool
-    text: str | None = None
-    image: bytes | None = None
-    findings: tuple[Finding, ...] = ()
-    label_id: str | None = None
-    attributes: Mapping[str, str] = field(default_factory=dict)
-    split: Split | None = None
-    """The split that the source itself assigns; None leaves it to the stage."""
-
-
-@dataclass(frozen=True, slots=True)
-class LeftOut:
-    """A row that a source does not hand on."""
-
-    case_id: str
-    cause: str
-    refused: bool
-    """True: the row is bad. False: it is not wanted (a filter)."""
 
 
 class DataSource(abc.ABC):
@@ -214,12 +182,15 @@ def prepare_cases(config: DataConfig, *, store: "Store", base: Reference | None 
     notes = [note for item in sources for note in item.notes()]
     metrics: dict[str, float] = {}
     if config.deidentify is not None:
-        cleaning = _Cleaning(config, labels)
+        from mint_lib.deidentification.cleaning import Cleaning
+
+        cleaning = Cleaning(config.deidentify, labels)
         metrics = cleaning.metrics
         rows = [(case, split) for row, split in rows if (case := cleaning.clean(row)) is not None]
         test_cases = [case for row in test_cases if (case := cleaning.clean(row)) is not None]
         counts.update(cleaning.counts)
-        cleaning.set_aside(store, inputs={f"source/{index}": item.digest() for index, item in enumerate(sources)})
+        digests = {f"source/{index}": item.digest() for index, item in enumerate(sources)}
+        cleaning.set_aside(store, config.name, config=config.model_dump(mode="json"), inputs=digests)
         notes.append(cleaning.describe())
     elif any(case.text and not case.synthetic for case in (*(case for case, _ in rows), *test_cases)):
         notes.append("Texts of observed cases were not de-identified by this platform (data.deidentify).")
@@ -324,73 +295,6 @@ def _judge(
     return judge_data(gate, GateMaterial(name=config.name, labels=labels, cases=read, reads=reads, previous=previous))
 
 
-class _Cleaning:
-    """De-identification of the cases of one run; what it is not sure of is kept apart."""
-
-    def __init__(self, config: DataConfig, labels: list[Label]):
-        from mint_lib.deidentification.config import read_key
-        from mint_lib.deidentification.deidentifier import Deidentifier
-
-        assert config.deidentify is not None
-        self._config = config
-        phrases = [word for label in labels for word in (label.name, *label.synonyms)]
-        self._deidentifier = Deidentifier(config.deidentify, key=read_key(), known_phrases=phrases)
-        figures = self._deidentifier.check_recall()
-        low, high = figures.recall.interval()
-        self.metrics = {
-            "deidentification_recall": figures.recall.value,
-            "deidentification_recall_low": low,
-            "deidentification_recall_high": high,
-            "deidentification_precision": figures.precision.value,
-        }
-        self.counts: collections.Counter[str] = collections.Counter()
-        self._unsure: list[Case] = []
-        self._causes: dict[str, list[str]] = collections.defaultdict(list)
-
-    def clean(self, case: Case) -> Case | None:
-        """The case with surrogates; None where it is put aside."""
-        from mint_lib.deidentification.deidentifier import Unsure
-
-        outcome = self._deidentifier.clean_case(case)
-        if isinstance(outcome, Unsure):
-            self._unsure.append(case)
-            self._causes[outcome.cause].append(case.case_id)
-            self.counts[f"deidentification/unsure/{outcome.cause}"] += 1
-            return None
-        self.counts.update({f"deidentification/replaced/{kind}": count for kind, count in outcome.counts.items()})
-        self.counts["deidentification/cases"] += 1
-        return outcome.case
-
-    def set_aside(self, store: "Store", *, inputs: dict[str, str]) -> None:
-        """Write the cases in doubt, as they came, to a version of `quarantine`, which only people read."""
-        if not self._unsure:
-            return
-        record = StageRecord(
-            stage="data",
-            config=self._config.model_dump(mode="json"),
-            inputs=inputs,
-            code_version=code_version(),
-            counts={f"unsure/{cause}": len(ids) for cause, ids in sorted(self._causes.items())},
-            notes=("Texts as they came: they may identify patients. Look at each and correct its source.",),
-        )
-        with store.write("quarantine", self._config.name) as version:
-            version.add_rows("unsure", self._unsure, case_schema())
-            version.add_json("causes.json", dict(sorted(self._causes.items())))
-            reference = version.commit(record)
-        logger.warning(
-            "data: %d cases are put aside in %s: they may not be de-identified", len(self._unsure), reference
-        )
-
-    def describe(self) -> str:
-        """What a reader of the card must know."""
-        recall, low, high = (self.metrics[f"deidentification_recall{end}"] for end in ("", "_low", "_high"))
-        return (
-            f"De-identified with surrogates: {self.counts['deidentification/cases']} cases; {len(self._unsure)} more "
-            f"were put aside. Recall {recall:.4f} ({low:.4f} to {high:.4f}) on invented held-out notes; no claim about "
-            "real ones."
-        )
-
-
 def read_labels(store: "Store", cases: Reference) -> list[Label]:
     """The label set of a version."""
     return TypeAdapter(list[Label]).validate_python(store.read_json(cases, "labels.json"))
@@ -482,6 +386,7 @@ def collect_rows(
     """
     name = type(source).__module__.rpartition(".")[2]
     label_ids = {label.id for label in labels}
+    limits = ImageLimits(config.max_image_pixels, config.max_image_bytes)
     seen: set[str] = set()
     accepted: list[tuple[Case, Split | None]] = []
     refused: dict[str, list[str]] = collections.defaultdict(list)
@@ -492,7 +397,7 @@ def collect_rows(
             else:
                 counts[f"{name}/not wanted/{row.cause}"] += 1
             continue
-        outcome = validate_row(row, config, label_ids=label_ids, seen=seen)
+        outcome = validate_row(row, limits, label_ids=label_ids, seen=seen, batch=config.batch)
         if isinstance(outcome, Case):
             accepted.append((outcome, row.split))
         else:
@@ -521,92 +426,6 @@ def collect_rows(
             not_wanted | by_cause,
         )
     return accepted
-
-
-def validate_row(row: Row, config: DataConfig, *, label_ids: set[str], seen: set[str]) -> Case | str:
-    """The case that a row holds, or the cause for which it is refused."""
-    if not row.case_id or not row.group_id:
-        return "no case id or patient"
-    if row.case_id in seen:
-        return "case id given twice"
-    if row.label_id is not None and row.label_id not in label_ids:
-        return "unknown label"
-    if not (row.text and row.text.strip()) and not row.image:
-        return "neither text nor image"
-    image = row.image
-    if image is not None:
-        outcome = _read_image(image, config, has_metadata=not row.synthetic)
-        if isinstance(outcome, str):
-            return outcome
-        image = outcome
-    try:
-        case = Case(
-            case_id=row.case_id,
-            group_id=row.group_id,
-            text=row.text if row.text and row.text.strip() else None,
-            image=image,
-            findings=row.findings,
-            label_id=row.label_id,
-            attributes=({"batch": config.batch} if config.batch else {}) | dict(row.attributes),
-            source=row.source,
-            synthetic=row.synthetic,
-        )
-    except ValidationError:
-        return "field of a wrong type"
-    words = [case.case_id, case.group_id, case.source, case.text or "", *case.attributes.values()]
-    words += [word for item in case.findings for word in (item.id, item.label)]
-    try:
-        "".join(words).encode()
-    except UnicodeEncodeError:
-        return "not valid Unicode"
-    return case
-
-
-def _read_image(data: bytes, config: DataConfig, *, has_metadata: bool) -> bytes | str:
-    """The pixels as PNG or JPEG, or the cause for which the image is refused. DICOM is read too.
-
-    Metadata are taken away where there may be any of a patient: what a program drew carries its mark there.
-    """
-    from mint_lib.image_inputs.dicom import read_dicom
-    from mint_lib.image_inputs.metadata import strip_metadata
-
-    if len(data) > config.max_image_bytes:
-        return "image too large"
-    if data[128:132] == b"DICM":
-        outcome = read_dicom(data, max_pixels=config.max_image_pixels)
-        if isinstance(outcome, str):
-            return f"DICOM: {outcome}"
-        data = outcome
-    cause = find_image_fault(data, max_pixels=config.max_image_pixels, max_bytes=config.max_image_bytes)
-    if cause is not None:
-        return cause
-    try:
-        return strip_metadata(data) if has_metadata else data
-    except InvalidInput:
-        return "corrupt image"
-
-
-def find_image_fault(data: bytes, *, max_pixels: int, max_bytes: int) -> str | None:
-    """Why encoded bytes cannot be taken as a PNG or JPEG image, or None. Pixels are counted before decoding."""
-    from PIL import Image
-
-    if len(data) > max_bytes:
-        return "image too large"
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is stricter
-            image = Image.open(io.BytesIO(data), formats=_IMAGE_FORMATS)
-        if image.width * image.height > max_pixels:
-            return "image too large"
-        if getattr(image, "n_frames", 1) != 1:
-            return "animated image"
-        image.verify()  # checksums of a PNG up to its end, which decoding does not look at
-        Image.open(io.BytesIO(data), formats=_IMAGE_FORMATS).load()
-    except Image.DecompressionBombError:
-        return "image too large"
-    except (OSError, SyntaxError, ValueError, EOFError, ArithmeticError, struct.error, zlib.error):
-        return "corrupt image"
-    return None
 
 
 def _count_splits(splits: Mapping[Split, list[Case]]) -> dict[str, int]:

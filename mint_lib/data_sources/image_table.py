@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from mint_lib.data import DataSource, LeftOut, Row, find_image_fault
+from mint_lib.case_rows import LeftOut, Row, find_image_fault
+from mint_lib.data import DataSource
 from mint_lib.errors import InvalidInput
 from mint_lib.histology.image_rows import ImageRow, read_csv, read_npz
 from mint_lib.histology.nuclei import Wording, describe_nuclei

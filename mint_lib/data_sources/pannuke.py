@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from mint_lib.data import DataSource, LeftOut, Row
+from mint_lib.case_rows import LeftOut, Row
+from mint_lib.data import DataSource
 from mint_lib.errors import InvalidInput
 from mint_lib.histology.nuclei import Wording, describe_nuclei, measure_nuclei
 from mint_lib.histology.tile_files import encode_image

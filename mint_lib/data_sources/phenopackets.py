@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from mint_lib.case_rows import LeftOut, Row
 from mint_lib.clinical.clinical_text import TextConfig, render_case_text
 from mint_lib.clinical.ontology import Disease, Ontology, digest_ontology, load_ontology, make_labels
 from mint_lib.clinical.phenopacket_files import Packet, PhenopacketFiles, read_flat, read_phenopacket, split_documents
-from mint_lib.data import DataSource, LeftOut, Row
+from mint_lib.data import DataSource
 from mint_lib.records import SPLITS, Finding, Label
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from mint_lib.case_rows import LeftOut, Row
 from mint_lib.clinical.clinical_text import TextConfig, render_case_text
 from mint_lib.clinical.face_photo import FaceConfig, draw_parameters, draw_photo
 from mint_lib.clinical.ontology import (
@@ -22,7 +23,7 @@ from mint_lib.clinical.ontology import (
     make_labels,
 )
 from mint_lib.clinical.patient_model import PatientConfig, PatientModel, find_visible
-from mint_lib.data import DataSource, LeftOut, Row
+from mint_lib.data import DataSource
 from mint_lib.errors import InvalidInput
 from mint_lib.progress import track_progress
 from mint_lib.records import Label

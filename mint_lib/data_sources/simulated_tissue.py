@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from mint_lib.data import DataSource, LeftOut, Row
+from mint_lib.case_rows import LeftOut, Row
+from mint_lib.data import DataSource
 from mint_lib.errors import InvalidInput
 from mint_lib.histology.nuclei import Wording, describe_nuclei
 from mint_lib.histology.tile_drawing import draw_tile

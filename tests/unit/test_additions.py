@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict
 
 from mint_lib import data as data_module
 from mint_lib import teacher as teacher_module
-from mint_lib.data import DataConfig, DataSource, LeftOut, Row, prepare_cases
+from mint_lib.case_rows import LeftOut, Row
+from mint_lib.data import DataConfig, DataSource, prepare_cases
 from mint_lib.errors import GateFailed, InvalidInput, RefusedData
 from mint_lib.gate.report import GateReport
 from mint_lib.records import SPLITS, Case, Label, Ranking, Reference

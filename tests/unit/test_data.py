@@ -15,13 +15,11 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict
 
 from mint_lib import data as data_module
+from mint_lib.case_rows import LeftOut, Row, find_image_fault
 from mint_lib.data import (
     DataConfig,
     DataSource,
-    LeftOut,
-    Row,
     digest_sources,
-    find_image_fault,
     prepare_cases,
 )
 from mint_lib.errors import RecipeError, RefusedData

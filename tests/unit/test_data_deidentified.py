@@ -9,7 +9,8 @@ import pytest
 from pydantic import BaseModel, ConfigDict
 
 from mint_lib import data as data_module
-from mint_lib.data import DataConfig, DataSource, Row, prepare_cases
+from mint_lib.case_rows import Row
+from mint_lib.data import DataConfig, DataSource, prepare_cases
 from mint_lib.deidentification.config import KEY_VARIABLE
 from mint_lib.errors import InvalidInput
 from mint_lib.records import SPLITS, Case, Label

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image, PngImagePlugin
 from pydantic import ValidationError
 
-from mint_lib.data import DataConfig, LeftOut, Row, digest_sources, prepare_cases
+from mint_lib.case_rows import LeftOut, Row
+from mint_lib.data import DataConfig, digest_sources, prepare_cases
 from mint_lib.data_sources.image_table import ImageTable
 from mint_lib.errors import InvalidInput, RefusedData
 from mint_lib.records import SPLITS, Case, Label

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mint_lib.case_rows import LeftOut, Row
 from mint_lib.clinical.phenopacket_files import parse_age
-from mint_lib.data import LeftOut, Row
 from mint_lib.data_sources.phenopackets import Phenopackets
 from mint_lib.errors import InvalidInput
 from mint_lib.records import Label

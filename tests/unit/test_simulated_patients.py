@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from mint_lib.case_rows import Row
 from mint_lib.clinical.clinical_text import TextConfig, render_case_text
 from mint_lib.clinical.face_photo import AXES, FaceConfig, draw_parameters
 from mint_lib.clinical.ontology import load_ontology
 from mint_lib.clinical.patient_model import PatientConfig, PatientModel, find_visible
-from mint_lib.data import Row
 from mint_lib.data_sources.simulated_patients import SimulatedPatients
 from mint_lib.errors import InvalidInput
 

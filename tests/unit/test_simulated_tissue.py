@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mint_lib.data import DataConfig, Row, prepare_cases
+from mint_lib.case_rows import Row
+from mint_lib.data import DataConfig, prepare_cases
 from mint_lib.data_sources.simulated_tissue import SimulatedTissue
 from mint_lib.errors import InvalidInput
 from mint_lib.histology.nuclei import ARRANGEMENTS
