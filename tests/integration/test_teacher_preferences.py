@@ -58,9 +58,16 @@ def make_teacher_config(**changes):
     return TeacherConfig.model_validate(values)
 
 
+# The toy patients share a handful of texts.
+FEW_TEXTS = {
+    **dict.fromkeys(("max_duplicate_pairs_share", "max_near_duplicate_share", "max_leaked_share")),
+    **dict.fromkeys(("length_bias", "class_balance", "label_flips", "trigger")),
+}
+
+
 def make_preferences_config(**changes):
-    values = {"name": "toy", "seed": 3, "student": STUDENT, "top_k": 1, "bottom_q": 1, "rejected": "sampled", **changes}
-    return PreferencesConfig.model_validate(values)
+    values = {"name": "toy", "seed": 3, "student": STUDENT, "top_k": 1, "bottom_q": 1, "rejected": "sampled"}
+    return PreferencesConfig.model_validate(values | {"gate": FEW_TEXTS} | changes)
 
 
 def test_teacher_writes_qualified_calibrated_rankings_of_every_case(store):
