@@ -127,12 +127,7 @@ def rollback_model(store: "Store", name: str, *, who: str, why: str) -> "Alias":
     current = store.alias("model", name, CHAMPION)
     if current is None:
         raise NotFound(f"model/{name} has no champion to roll back from. Promote one with `mint promote`.")
-    trail: list[str] = []
-    for move in current.log:
-        if move.reference in trail:
-            del trail[trail.index(move.reference) + 1 :]
-        else:
-            trail.append(move.reference)
+    trail = current.trail
     if len(trail) < 2:
         raise NotFound(f"{current.reference} is the first champion of model/{name}: there is none to go back to.")
     return store.move_alias(CHAMPION, Reference.parse(trail[-2]), who=who, why=why, expected=current.reference)

@@ -21,7 +21,7 @@ import logging
 import re
 import secrets
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, Self, TypeVar, cast
@@ -35,8 +35,10 @@ from mint_lib.storage.client import S3
 from mint_lib.storage.layout import LATEST, Layout, is_version, number_version, shards_of
 from mint_lib.storage.manifest import MANIFEST, RECORD, FileEntry, Manifest
 from mint_lib.storage.orphans import Orphan, Removed
+from mint_lib.storage.retention import OldVersion, list_old_versions, remove_old_version
 from mint_lib.storage.run_folder import RunFolder
 from mint_lib.storage.settings import S3Settings
+from mint_lib.storage.verification import Verification, verify_version
 from mint_lib.storage.writer import VersionWriter
 
 if TYPE_CHECKING:
@@ -124,8 +126,9 @@ class Store:
             IntegrityError: the bytes are not those that were committed.
             StoreError: the temporary folder cannot be written.
         """
-        for path in self.shards(reference, table):
-            with self.fetch_shard(reference, path) as local_path:
+        files = self.files(reference)
+        for path in self._find_shards(reference, table, files):
+            with self._fetch(reference, path, files[path]) as local_path:
                 yield from iterate_parquet(local_path, row_type)
 
     def open_rows(self, reference: Reference, table: str, row_type: type[R]) -> "StoredRows[R]":
@@ -138,16 +141,20 @@ class Store:
         Raises:
             NotFound: there is no such version, or no such table in it.
         """
-        files = self.files(reference)
+        return self._find_shards(reference, table, self.files(reference))
+
+    def fetch_shard(self, reference: Reference, path: str) -> contextlib.AbstractContextManager[Path]:
+        """One file of a version, checked, in a temporary folder; raises as `iterate_rows`."""
+        return self._fetch(reference, path, self._entry(reference, path))
+
+    def _find_shards(self, reference: Reference, table: str, files: Mapping[str, FileEntry]) -> list[str]:
         found = shards_of(table, files)
         if not found:
             raise NotFound(f"{reference} has no table {table!r}. It has: {', '.join(sorted(files))}.")
         return found
 
     @contextlib.contextmanager
-    def fetch_shard(self, reference: Reference, path: str) -> Iterator[Path]:
-        """One file of a version, checked, in a temporary folder; raises as `iterate_rows`."""
-        entry = self._entry(reference, path)
+    def _fetch(self, reference: Reference, path: str, entry: FileEntry) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="mint-rows-") as folder:
             local_path = Path(folder) / path.rpartition("/")[2]
             self._s3.get_file(self._key(reference, path, entry), entry, local_path)
@@ -279,12 +286,36 @@ class Store:
         """Note that the inputs whose digest is `key` give `reference`."""
         self._s3.put(self._layout.output(key), str(reference).encode())
 
+    def verify(self, reference: Reference, *, with_lineage: bool = False) -> Verification:
+        """Read every byte of a version again; with `with_lineage` of those that it was made from, too.
+
+        Raises:
+            StoreUnreachable: the server does not answer: nothing is known then.
+        """
+        return verify_version(self._s3, self._layout, reference, with_lineage=with_lineage)
+
+    def list_old_versions(self, kind: Kind, name: str, *, keep_last: int) -> list[OldVersion]:
+        """Every version of a name but the newest `keep_last`, oldest first, with what still needs it.
+
+        Raises:
+            InvalidInput: `keep_last` is not positive, or kind and name are not spelled as a reference spells them.
+        """
+        return list_old_versions(self._s3, self._layout, kind, name, keep_last=keep_last)
+
+    def remove_old_version(self, old: OldVersion) -> Removed:
+        """Take an old version away that nobody needs. For an operator's command only.
+
+        Raises:
+            InvalidInput: something needs it.
+            NotFound: there is no such version.
+        """
+        return remove_old_version(self._s3, self._layout, old)
+
     def remove(self, reference: Reference) -> Removed:
         """Take a version away, but for the bytes that other versions use. For an operator's command only.
 
         Raises:
             NotFound: there is no such version.
-            Conflict: somebody else removed it at the same time.
         """
         self._manifest(reference)
         return orphans.remove_version(self._s3, self._layout, reference.kind, reference.name, reference.version)

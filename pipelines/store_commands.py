@@ -27,12 +27,11 @@ def verify(
     lineage: Annotated[bool, typer.Option("--lineage", help="Read the versions it was made from, too.")] = False,
 ) -> None:
     """Read every byte of a version again; exit code 1 if one is not what was committed."""
-    from mint_lib.storage.verification import verify_version
     from pipelines.stores import open_store
 
     console = make_console()
     with open_store() as store:
-        found = verify_version(store._s3, store._layout, store.resolve(reference), with_lineage=lineage)
+        found = store.verify(store.resolve(reference), with_lineage=lineage)
     for damage in found.damages:
         console.print(f"damaged  {damage.reference}  {damage.path}", highlight=False, markup=False, soft_wrap=True)
         console.print(f"         {damage.problem}", highlight=False, markup=False, soft_wrap=True)
@@ -83,20 +82,18 @@ def _collect_orphans(store: "Store", console: "Console", *, seconds: float, dele
 def _remove_old_versions(store: "Store", console: "Console", text: str, *, keep_last: int, delete: bool) -> None:
     from mint_lib.errors import InvalidInput
     from mint_lib.records import KINDS
-    from mint_lib.storage.retention import list_old_versions, remove_old_version
 
     match = _NAME.fullmatch(text)
     if match is None or match["kind"] not in KINDS:
         raise InvalidInput(f"{text[:200]!r} is not KIND/NAME with a kind of {', '.join(KINDS)}; `mint ls` prints them.")
-    s3, layout = store._s3, store._layout
     num_removed = num_bytes = 0
-    for old in list_old_versions(s3, layout, cast("Kind", match["kind"]), match["name"], keep_last=keep_last):
+    for old in store.list_old_versions(cast("Kind", match["kind"]), match["name"], keep_last=keep_last):
         if old.needed_by:
             console.print(f"stays    {old.reference}  needed by {old.needed_by}", highlight=False, soft_wrap=True)
             continue
         console.print(f"{'removes' if delete else 'would go'} {old.reference}", highlight=False, soft_wrap=True)
         num_removed += 1
         if delete:
-            num_bytes += remove_old_version(s3, layout, old).size_bytes
+            num_bytes += store.remove_old_version(old).size_bytes
     done = f"removed, {num_bytes} bytes freed" if delete else "may go; --delete removes them"
     console.print(f"{num_removed} old versions {done}.", highlight=False)

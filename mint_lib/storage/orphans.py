@@ -106,8 +106,8 @@ def remove_version(s3: S3, layout: Layout, kind: str, name: str, version: str) -
     it puts its hold before it looks at the manifest: it meets the empty one, or its hold is seen here.
 
     Raises:
-        NotFound: there is no such version.
-        Conflict: somebody else removed it at the same time.
+        NotFound: there is no such version. Of two who remove it at the same time, both may succeed.
+        Conflict: the manifest is being written.
     """
     key = layout.manifest(kind, name, version)
     found, etag = s3.get(key)

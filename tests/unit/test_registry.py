@@ -13,9 +13,13 @@ class Move(NamedTuple):
     why: str
 
 
+from mint_lib.storage.aliases import Alias
+
+
 class FakeAlias(NamedTuple):
     reference: Reference
     log: tuple[Move, ...]
+    trail = Alias.trail
 
 
 class FakeStore:
