@@ -5,15 +5,13 @@ import pytest
 from mint_lib.errors import Conflict, GateFailed, InvalidInput, NotFound
 from mint_lib.records import EvaluationReport, Gate, GateOutcome, Metric, Reference
 from mint_lib.registry import CANDIDATE, CHAMPION, check_report, promote_model, rollback_model
+from mint_lib.storage.aliases import Alias
 
 
 class Move(NamedTuple):
     reference: str
     who: str
     why: str
-
-
-from mint_lib.storage.aliases import Alias
 
 
 class FakeAlias(NamedTuple):
