@@ -17,7 +17,7 @@ def run_single_step(
     Args:
         recipe: where the step's config comes from.
         stage: the stage's name.
-        step_id: which of the recipe's steps of that stage; None takes the first.
+        step_id: which of the recipe's steps of that stage; None takes the first that is not the captioning's.
         inputs: `name=reference` (or `name=key=reference` for an input that takes several), used instead of the
             recipe's own outputs. References may be short (`cases/quickstart`).
         store: where everything lies.
@@ -30,7 +30,8 @@ def run_single_step(
     if not candidates:
         known = ", ".join(item.step.id for item in planned if item.step.stage == stage)
         raise InvalidInput(f"The recipe has no step {step_id!r} of {stage}. It has: {known}.")
-    chosen = candidates[0]
+    # The captions of image students come first in the flow, and are not what somebody means who names a stage.
+    chosen = min(candidates, key=lambda item: item.step.id == f"{stage}-captioning")
     texts = _known_inputs(chosen, planned) | _given_inputs(inputs, store)
     missing = sorted(set(chosen.step.inputs) - set(texts))
     if missing:
