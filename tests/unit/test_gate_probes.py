@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from poisoned_cases import judge_cases, judge_pairs, outcome_of, poison_cases, read_patients, read_source
+from poisoned_cases import SYNDROMES, judge_cases, judge_pairs, outcome_of, poison_cases, read_patients, read_source
 from scipy.stats import fisher_exact
 
 from mint_lib.gate.evidence import assign_folds, split_words, weigh_images, weigh_words
