@@ -286,9 +286,9 @@ def slow_down(proxy: Proxy) -> None:
     """Let every checkpoint take seconds, so that a run with several is not over before a test can disturb it."""
     take_fault = proxy.take_fault
 
-    def wait_and_take(method: str, path: str) -> str:
+    def wait_and_take(method: str, path: str, host: str) -> str:
         time.sleep(0.2 if method == "PUT" and "/checkpoints/" in path else 0)
-        return take_fault(method, path)
+        return take_fault(method, path, host)
 
     proxy.take_fault = wait_and_take  # type: ignore[method-assign]
 

@@ -123,7 +123,7 @@ def evaluate(store: Store, students: dict[str, Reference], **values: Any) -> Ref
 def test_evaluation_measures_all_systems_and_writes_a_whole_report(store: Store, tmp_path: pathlib.Path) -> None:
     students = {"orpo": write_student(store, tmp_path, "orpo"), "sft": write_student(store, tmp_path, "sft")}
     reference = evaluate(store, students, baselines={"ontology": write_rankings(store, "ontology")})
-    written = {"report.html", "report.json", "predictions", "calibration.json", "record.json"}
+    written = {"report.html", "report.json", "predictions/000000.parquet", "calibration.json", "record.json"}
     assert set(store.files(reference)) == written
     report = EvaluationReport.model_validate(store.read_json(reference, "report.json"))
     assert list(report.order) == ["orpo", "sft", "base", "teacher", "ontology", "majority", "chance"]
