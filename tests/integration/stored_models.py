@@ -165,7 +165,7 @@ def close_to(scores: list[float]) -> Any:
 
 def flip_bit(store: Store, reference: Reference, path: str) -> None:
     """Damage one object behind the store's back."""
-    key = store._key(reference, path)
+    key = store._key(reference, path, store.files(reference)[path])
     data, _ = store._s3.get(key)
     store._s3.put(key, data[:-1] + bytes([data[-1] ^ 1]))
 
