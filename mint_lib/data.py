@@ -179,18 +179,20 @@ def prepare_cases(config: DataConfig, *, store: "Store", base: Reference | None 
         test_cases = [case for case, _ in test_rows]
     sources = [item for item in (source, test_source) if item is not None]
     contents: tuple[Content, ...] = ("image",) if any(item.describes_images for item in sources) else ("text", "image")
+    inputs = {f"source/{index}": item.digest() for index, item in enumerate(sources)}
     notes = [note for item in sources for note in item.notes()]
     metrics: dict[str, float] = {}
     if config.deidentify is not None:
         from mint_lib.deidentification.cleaning import Cleaning
+        from mint_lib.deidentification.vocabulary import digest_vocabulary
 
+        inputs["deidentification/words"] = digest_vocabulary()
         cleaning = Cleaning(config.deidentify, labels)
         metrics = cleaning.metrics
         rows = [(case, split) for row, split in rows if (case := cleaning.clean(row)) is not None]
         test_cases = [case for row in test_cases if (case := cleaning.clean(row)) is not None]
         counts.update(cleaning.counts)
-        digests = {f"source/{index}": item.digest() for index, item in enumerate(sources)}
-        cleaning.set_aside(store, config.name, config=config.model_dump(mode="json"), inputs=digests)
+        cleaning.set_aside(store, config.name, config=config.model_dump(mode="json"), inputs=inputs)
         notes.append(cleaning.describe())
     elif any(case.text and not case.synthetic for case in (*(case for case, _ in rows), *test_cases)):
         notes.append("Texts of observed cases were not de-identified by this platform (data.deidentify).")
@@ -220,14 +222,10 @@ def prepare_cases(config: DataConfig, *, store: "Store", base: Reference | None 
     notes += _describe_origin(splits)
     if config.split_by == "image":
         notes.insert(0, describe_leak(splits, knows_patients=source.knows_patients))
-    inputs = {f"source/{index}": item.digest() for index, item in enumerate(sources)}
-    if config.deidentify is not None:
-        from mint_lib.deidentification.vocabulary import digest_vocabulary
-
-        inputs["deidentification/words"] = digest_vocabulary()
     if base is not None:
-        counts = _add_counts(counts, store.record(base).counts)
-        notes = list(dict.fromkeys([*store.record(base).notes, *notes]))
+        before = store.record(base)
+        counts = _add_counts(counts, before.counts)
+        notes = list(dict.fromkeys([*before.notes, *notes]))
         inputs["base"] = str(base)
 
     def read(split: Split) -> Iterator[Case]:

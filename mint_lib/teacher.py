@@ -145,21 +145,22 @@ def rank_cases(
             temperature = float(json.loads((folder / "calibration.json").read_text())["temperature"])
             teacher = plugin.load(folder, labels)
         new = {split: rows[split][len(known[split]) :] for split in SPLITS}
-        scores = {split: _score(teacher, new[split]) for split in SPLITS}
-        logger.info(
-            "teacher: ranked %d cases, took over %d", sum(map(len, new.values())), sum(map(len, known.values()))
-        )
+        scores = {"validation": _score(teacher, new["validation"])}
         everything = np.concatenate([_recover_scores(known["validation"], labels, temperature), scores["validation"]])
         is_labelled = [case.label_id is not None for case in rows["validation"]]
         qualification = qualify(everything[is_labelled], validation, labels, seed=config.seed)
         check_floor(qualification, config)
+        # Ranking costs much with some teachers, so only one that passed its floor goes on.
+        scores |= {split: _score(teacher, new[split]) for split in ("train", "test")}
+        num_taken_over = sum(map(len, known.values()))
+        logger.info("teacher: ranked %d cases, took over %d", sum(map(len, new.values())), num_taken_over)
         if temperature is None:
             temperature = qualification["temperature"]
             (folder / "calibration.json").write_text(json.dumps({"temperature": temperature}))
         digest = digest_folder(folder)
         rankings = {split: rank_scores(new[split], scores[split], labels, temperature, digest) for split in SPLITS}
         facts = {"model": config.model, "teacher_digest": digest, "fitting": fitting, **qualification}
-        facts |= {"used_temperature": temperature, "num_taken_over": sum(map(len, known.values()))}
+        facts |= {"used_temperature": temperature, "num_taken_over": num_taken_over}
         if scoring := teacher.facts():
             facts["scoring"] = scoring
         base = previous if previous is not None and previous.name == config.name else None
@@ -182,7 +183,7 @@ def rank_cases(
                     inputs={"cases": str(cases)} | ({"previous": str(previous)} if previous else {}),
                     code_version=code_version(),
                     counts={split: len(rows[split]) for split in SPLITS}
-                    | {"labelled_train": len(train), "taken_over": sum(map(len, known.values()))},
+                    | {"labelled_train": len(train), "taken_over": num_taken_over},
                     metrics={f"validation_{name}": found["value"] for name, found in qualification["metrics"].items()},
                 )
             )
