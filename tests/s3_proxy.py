@@ -26,8 +26,8 @@ class Fault(NamedTuple):
     action: str
     """`lose-reply`, `cut-reply` (in the middle, or `cut-reply 17`: after so many bytes), `flip-bit` (of the reply's
     first byte, or `flip-bit 17`: of that one), `flip-request`, `slow` (the reply comes in small pieces within a
-    second), `trickle` (one byte each 50 ms), `stall`, `drop`, `hold` (until `Proxy.released`), or `503 SlowDown`: a
-    status and an S3 error code."""
+    second), `trickle` (one byte each 50 ms), `stall`, `halt` (half of the reply, then nothing), `drop`, `hold` (until
+    `Proxy.released`), or `503 SlowDown`: a status and an S3 error code."""
     times: int = 1
 
 
@@ -147,6 +147,8 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             pieces = [data[begin : begin + len(data) // 10 + 1] for begin in range(0, len(data), len(data) // 10 + 1)]
         elif action == "trickle":
             pieces = [data[index : index + 1] for index in range(len(data))]
+        elif action == "halt":
+            pieces = [data[: len(data) // 2], b""]
         skipped = ("transfer-encoding", "connection", "content-length")
         kept = [(name, value) for name, value in response.getheaders() if name.lower() not in skipped]
         self.answer(response.status, kept, pieces, length)
@@ -162,7 +164,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             for index, piece in enumerate(pieces):
-                time.sleep(0.05 if index else 0)
+                time.sleep(0 if not index else 0.05 if piece else 3)
                 self.wfile.write(piece)
             self.close_connection = self.close_connection or sum(map(len, pieces)) < length
 

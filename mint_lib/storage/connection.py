@@ -4,6 +4,7 @@ Goes in: `S3Settings` and requests. Comes out: replies and their bodies, or one 
 not know what is asked for.
 """
 
+import contextlib
 import functools
 import logging
 import random
@@ -154,7 +155,9 @@ class Connection:
 
         client = self.client
         try:
-            return getattr(client, operation)(Bucket=self.settings.bucket, **arguments)
+            # botocore reads the body of an error in a place where it does not translate what goes wrong meanwhile.
+            with self._body_errors():
+                return getattr(client, operation)(Bucket=self.settings.bucket, **arguments)
         except ResponseParserError as error:
             raise HTTPClientError(error="the reply is not what the operation replies") from error
         except OSError as error:
@@ -169,13 +172,12 @@ class Connection:
         Raises:
             BotoCoreError: the connection ends early, stalls, or brings so little that it might as well be stalled.
         """
-        from botocore.exceptions import IncompleteReadError, ReadTimeoutError, ResponseStreamingError
-        from urllib3.exceptions import HTTPError, TimeoutError
+        from botocore.exceptions import IncompleteReadError, ReadTimeoutError
 
         body, expected = reply["Body"], reply.get("ContentLength")
         size = window_size = 0
         window_ends = time.monotonic() + self._read_timeout
-        try:
+        with self._body_errors():
             while chunk := body._raw_stream.read1(CHUNK_BYTES):
                 size += len(chunk)
                 window_size += len(chunk)
@@ -185,9 +187,20 @@ class Connection:
                         body.close()
                         raise ReadTimeoutError(endpoint_url=self.settings.endpoint_url)
                     window_size, window_ends = 0, time.monotonic() + self._read_timeout
-        except TimeoutError as error:
-            raise ReadTimeoutError(endpoint_url=self.settings.endpoint_url) from error
-        except HTTPError as error:
-            raise ResponseStreamingError(error=error) from error
         if expected is not None and size != expected:
             raise IncompleteReadError(actual_bytes=size, expected_bytes=expected)
+
+    @contextlib.contextmanager
+    def _body_errors(self) -> Iterator[None]:
+        """What urllib3 raises while a body comes in, as what botocore raises elsewhere."""
+        from botocore.exceptions import BotoCoreError, ReadTimeoutError, ResponseStreamingError
+        from urllib3.exceptions import HTTPError, TimeoutError
+
+        try:
+            yield
+        except HTTPError as error:
+            if isinstance(error, BotoCoreError):
+                raise
+            if isinstance(error, TimeoutError):
+                raise ReadTimeoutError(endpoint_url=self.settings.endpoint_url) from error
+            raise ResponseStreamingError(error=error) from error

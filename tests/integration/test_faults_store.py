@@ -159,6 +159,19 @@ def test_read_of_a_cut_manifest_is_retried(proxy: Proxy, faulty: Store):
     assert proxy.faults[0].times == 0
 
 
+@pytest.mark.parametrize("action", ["cut-reply", "halt"])
+def test_error_reply_that_does_not_come_whole_is_retried(proxy: Proxy, faulty: Store, action: str):
+    proxy.faults = [Fault("GET", "champion", action)]
+    assert faulty.alias("cases", "demo", "champion") is None
+    assert proxy.faults[0].times == 0
+
+
+def test_error_reply_that_never_comes_whole_is_an_error_of_the_store(proxy: Proxy, faulty: Store):
+    proxy.faults = [Fault("GET", "champion", "halt", ALWAYS)]
+    with pytest.raises(StoreUnreachable, match="champion"):
+        faulty.alias("cases", "demo", "champion")
+
+
 def test_upload_damaged_on_its_way_is_refused_by_the_server(store: Store):
     with pytest.raises(Exception, match="BadDigest"):
         store._s3.client.put_object(
