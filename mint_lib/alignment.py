@@ -15,12 +15,12 @@ from mint_lib.errors import InvalidInput
 from mint_lib.gate.verdict import require_passed
 from mint_lib.plugins import load_plugin, parse_plugin_config
 from mint_lib.records import Reference, StageRecord, code_version
+from mint_lib.student_weights import TUNED_FOLDERS
 from mint_lib.template import Template
 from mint_lib.training.deepspeed import check_deepspeed
 from mint_lib.training.method import AlignmentMethod
 from mint_lib.training.on_ray import WorkerResources, forget_run, train_on_ray
 from mint_lib.training.settings import AlignmentConfig
-from mint_lib.training.tuning import FOLDERS
 from mint_lib.training.worker import OUTCOME, train_on_worker
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def _write_student(
     metrics |= {f"start_{name.removeprefix('best_')}": validations[0][name.removeprefix("best_")] for name in metrics}
     template = Template.from_bytes(store.read_bytes(preferences, "template.yaml"))
     with store.write("student", config.name) as version:
-        version.add_folder(FOLDERS[config.tuning], folder / FOLDERS[config.tuning])
+        version.add_folder(TUNED_FOLDERS[config.tuning], folder / TUNED_FOLDERS[config.tuning])
         version.add_json(
             "student.json",
             {

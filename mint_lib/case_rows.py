@@ -105,27 +105,36 @@ def validate_row(
 
 
 def _read_image(data: bytes, limits: ImageLimits, *, has_metadata: bool) -> bytes | str:
-    """The pixels as PNG or JPEG, or the cause for which the image is refused. DICOM is read too.
+    """The pixels as PNG or JPEG, or the cause for which the image is refused.
 
     Metadata are taken away where there may be any of a patient: what a program drew carries its mark there.
     """
-    from mint_lib.image_inputs.dicom import read_dicom
     from mint_lib.image_inputs.metadata import strip_metadata
 
+    picture = read_picture(data, limits)
+    if isinstance(picture, str):
+        return picture
+    try:
+        return strip_metadata(picture) if has_metadata else picture
+    except InvalidInput:
+        return "corrupt image"
+
+
+def read_picture(data: bytes, limits: ImageLimits) -> bytes | str:
+    """The picture of a PNG, JPEG or DICOM file as PNG or JPEG, or the cause for which it is refused.
+
+    Metadata of a PNG or JPEG stay; a DICOM file gives a PNG without any.
+    """
     if len(data) > limits.max_bytes:
         return "image too large"
     if data[128:132] == b"DICM":
+        from mint_lib.image_inputs.dicom import read_dicom
+
         outcome = read_dicom(data, max_pixels=limits.max_pixels)
         if isinstance(outcome, str):
             return f"DICOM: {outcome}"
         data = outcome
-    cause = find_image_fault(data, max_pixels=limits.max_pixels, max_bytes=limits.max_bytes)
-    if cause is not None:
-        return cause
-    try:
-        return strip_metadata(data) if has_metadata else data
-    except InvalidInput:
-        return "corrupt image"
+    return find_image_fault(data, max_pixels=limits.max_pixels, max_bytes=limits.max_bytes) or data
 
 
 def find_image_fault(data: bytes, *, max_pixels: int, max_bytes: int) -> str | None:

@@ -154,6 +154,12 @@ class ClusterConfig(BaseModel):
     """Its key `ca.crt` holds the authority behind the store's certificate; None trusts the usual ones."""
     hub_secret: ObjectName | None = None
     """Its key HF_TOKEN opens gated base models of the hub; None asks for open ones only."""
+    deidentification_secret: ObjectName | None = None
+    """Its key MINT_DEIDENTIFICATION_KEY goes to the data step of a recipe with `data.deidentify`, and to no other pod;
+    None refuses such recipes."""
+    chat_secret: ObjectName | None = None
+    """Its keys are the environment variables that recipes name as `endpoint.api_key_variable`. A chat teacher's step
+    gets the one that its recipe names, no other pod gets any; None refuses recipes that name one."""
     image_pull_secrets: tuple[ObjectName, ...] = ()
     user_id: int | None = Field(default=10001, ge=1)
     """User and group of every pod; None leaves them to the platform, as OpenShift wants."""

@@ -3,15 +3,15 @@
 Goes in: cases, the teacher's rankings, the preferences (for the template and its k and q), students, and further
 rankings as baselines. Comes out: a version of `report` with the page, `report.json`, every prediction, and the main
 student's calibration on validation cases. What is asked and how it is scored is a plug-in; intervals, comparisons,
-slices and the gate are the same for all of them. The main student is also probed where it reads images: whether its
-answers rest on them, and how they stand stain, blur and compression.
+slices and the gate are the same for all of them. The main student is also probed: one that reads images whether its
+answers rest on them and how they stand worse ones, one that reads notes how far text in them moves it.
 """
 
 import logging
 import pathlib
 import tempfile
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -20,18 +20,17 @@ from mint_lib.errors import InvalidInput
 from mint_lib.plugins import load_plugin, parse_plugin_config
 from mint_lib.progress import Progress
 from mint_lib.reading import Reader
-from mint_lib.records import Calibration, Case, Perturbation, Prediction, Ranking, Reference, StageRecord, code_version
-from mint_lib.reporting.assembly import build_report, flatten_metrics, resampling_of
+from mint_lib.records import Calibration, Case, Ranking, Reference, StageRecord, code_version
+from mint_lib.reporting.assembly import build_report, flatten_metrics
 from mint_lib.reporting.exhibits import collect_exhibits
-from mint_lib.reporting.grounding import Probe, probe_grounding
-from mint_lib.reporting.image_answers import ask_images
 from mint_lib.reporting.material import Material, check_rankings, draw_validation_cases, read_material
 from mint_lib.reporting.page import render_report
-from mint_lib.reporting.perturbations import measure_perturbations
+from mint_lib.reporting.probes import Probes, probe_student
 from mint_lib.reporting.settings import EvaluationConfig
 from mint_lib.reporting.task import BASE, CHANCE, MAJORITY, TEACHER, EvaluationTask
 from mint_lib.rows import prediction_schema
 from mint_lib.student import StudentConfig, load_reader, load_student, rank_labels
+from mint_lib.student_weights import TUNED_FOLDERS
 from mint_lib.template import Template
 
 if TYPE_CHECKING:
@@ -42,14 +41,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 _LEAK = "LEAK: "
 """Stands in a note of the cases' record that says what the splits share and must not share."""
-
-
-class MainFindings(NamedTuple):
-    """What was found out about the main student alone."""
-
-    calibration: Calibration | None = None
-    probe: Probe | None = None
-    perturbations: tuple[Perturbation, ...] = ()
 
 
 def evaluate_students(
@@ -96,7 +87,7 @@ def evaluate_students(
     histories: dict[str, list[dict[str, float]]] = {}
     told = store.record(cases).notes
     notes = [*task.describe(), *(note for note in told if _LEAK not in note)]
-    main = MainFindings()
+    calibration, probes = None, Probes()
     # The first run of the main arm is the one that is registered.
     registered = next(name for name in students if name.partition("/")[0] == config.main)
     for name, reference in students.items():
@@ -104,15 +95,14 @@ def evaluate_students(
         histories[name] = cast(list[dict[str, float]], store.read_json(reference, "history.json"))
         with tempfile.TemporaryDirectory() as folder:
             # What was trained: an adapter, or all weights, with which the version then holds no adapter.
-            is_full = any(path.startswith("weights/") for path in store.files(reference))
-            tuned = store.download(reference, pathlib.Path(folder), prefix="weights" if is_full else "adapter")
+            is_full = any(path.startswith(f"{TUNED_FOLDERS['full']}/") for path in store.files(reference))
+            prefix = TUNED_FOLDERS["full" if is_full else "adapter"]
+            tuned = store.download(reference, pathlib.Path(folder), prefix=prefix)
             model = _place(load_student(config.student, tuned))
             answers[name] = task.answer(model, reader, system=name)
             if name == registered:
-                main = MainFindings(
-                    calibrate_main(config, material, store, model, reader, student=reference, cases=cases),
-                    *probe_main(config, material, model, reader, answers[name], student=reference),
-                )
+                calibration = calibrate_main(config, material, store, model, reader, student=reference, cases=cases)
+                probes = probe_student(config, material, model, reader, answers[name], student=reference)
     named = {"cases": cases, "rankings": rankings, "preferences": preferences} | {
         f"{kind}.{name}": reference
         for kind, references in (("students", students), ("baselines", baselines))
@@ -128,8 +118,9 @@ def evaluate_students(
         counts=counts,
         notes=notes,
         leaks=[note.replace(_LEAK, "") for note in told if _LEAK in note],
-        grounding=main.probe.grounding if main.probe else None,
-        perturbations=main.perturbations,
+        grounding=probes.grounding.grounding if probes.grounding else None,
+        perturbations=probes.perturbations,
+        injections=probes.injections,
     )
     exhibits = collect_exhibits(
         report,
@@ -138,15 +129,18 @@ def evaluate_students(
         material.labels,
         histories,
         confusion=task.confusion,
-        probe=main.probe,
+        probe=probes.grounding,
+        injections=probes.injections,
         shows=config.examples,
     )
     with store.write("report", config.name) as version:
         version.add_bytes("report.html", render_report(report, exhibits).encode())
         version.add_json("report.json", report.model_dump(mode="json"))
         version.add_rows("predictions", [row for rows in answers.values() for row in rows], prediction_schema())
-        if main.calibration is not None:
-            version.add_json("calibration.json", main.calibration.model_dump(mode="json"))
+        if calibration is not None:
+            version.add_json("calibration.json", calibration.model_dump(mode="json"))
+        if probes.injections is not None:
+            version.add_json("injections.json", probes.injections.model_dump(mode="json"))
         return version.commit(
             StageRecord(
                 stage="evaluation",
@@ -240,37 +234,6 @@ def calibrate_main(
     columns = {label.id: column for column, label in enumerate(material.labels)}
     truth_N = np.array([columns[str(case.label_id)] for case in drawn])
     return calibrate_student(scores_NL, truth_N, student=student)
-
-
-def probe_main(
-    config: EvaluationConfig,
-    material: Material,
-    model: "PreTrainedModel",
-    reader: Reader,
-    answers: Sequence[Prediction],
-    *,
-    student: Reference,
-) -> tuple[Probe | None, tuple[Perturbation, ...]]:
-    """Whether the main student looks at images, and how it stands worse ones; None and nothing where not asked for."""
-    ask = ask_images(material, model, reader, answers, description=f"evaluation: altered images for {config.main}")
-    resampling = resampling_of(config)
-    probe = None
-    if config.grounding:
-        probe = probe_grounding(
-            material.cases,
-            answers,
-            ask,
-            config=config.grounding,
-            student=str(student),
-            num_labels=len(material.labels),
-            resampling=resampling,
-        )
-        logger.info("evaluation: grounding of %s %s", config.main, "passed" if probe.grounding.passed else "failed")
-    if not config.perturbations:
-        return probe, ()
-    return probe, measure_perturbations(
-        material.cases, answers, ask, config=config.perturbations, resampling=resampling
-    )
 
 
 def _place(model: "PreTrainedModel") -> "PreTrainedModel":

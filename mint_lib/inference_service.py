@@ -26,6 +26,7 @@ from mint_lib.pods import (
 )
 from mint_lib.records import Reference
 from mint_lib.student import StudentConfig
+from mint_lib.student_weights import TUNED_FOLDERS
 
 MAX_NAME_LENGTH = 52
 """KServe appends `-predictor` and Kubernetes allows 63 characters."""
@@ -150,7 +151,7 @@ def render_vllm(
     prefix = f"{cluster.s3.prefix}/" if cluster.s3.prefix else ""
     version_uri = f"s3://{cluster.s3.bucket}/{prefix}{reference.kind}/{reference.name}/{reference.version}"
     if lora_rank is None:
-        model: dict[str, Any] = {"uri": f"{version_uri}/weights", "name": service_name}
+        model: dict[str, Any] = {"uri": f"{version_uri}/{TUNED_FOLDERS['full']}", "name": service_name}
     else:
         repository = _check_hub_base(student)
         model = {
@@ -158,7 +159,7 @@ def render_vllm(
             "name": repository,
             "lora": {
                 "maxRank": _find_max_rank(lora_rank),
-                "adapters": [{"name": service_name, "uri": f"{version_uri}/adapter"}],
+                "adapters": [{"name": service_name, "uri": f"{version_uri}/{TUNED_FOLDERS['adapter']}"}],
             },
         }
     gpu = cluster.serving.gpu

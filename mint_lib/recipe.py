@@ -12,9 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from mint_lib.data import DataConfig, DataSource
 from mint_lib.errors import RecipeError
+from mint_lib.pairing.settings import PreferencesConfig
 from mint_lib.placement import StepsOnCluster
 from mint_lib.plugins import describe_validation_error, load_plugin, parse_plugin_config
-from mint_lib.preferences import PreferencesConfig
 from mint_lib.records import Name, Reference
 from mint_lib.registry import RegistryConfig
 from mint_lib.reporting.settings import EvaluationConfig

@@ -196,7 +196,7 @@ def code_version() -> str:
     folder = pathlib.Path(__file__).parent
     sources = sorted(
         path
-        for suffix in ("*.py", "*.yaml", "*.html")
+        for suffix in ("*.py", "*.yaml", "*.html", "*.css")
         for path in folder.rglob(suffix)
         if path.relative_to(folder).parts[0] not in _NO_STAGE_READS
     )

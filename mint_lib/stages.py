@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from mint_lib import alignment, data, evaluation, preferences, registry, teacher
 from mint_lib.errors import InvalidInput, RecipeError
+from mint_lib.pairing.settings import PreferencesConfig
 from mint_lib.plugins import describe_validation_error
 from mint_lib.records import Reference, code_version
 from mint_lib.reporting.settings import EvaluationConfig
@@ -44,7 +45,7 @@ STAGES: dict[str, Stage] = {
     "data": Stage(data.DataConfig, data.prepare_cases, optional_inputs=("base",), digest_outside=data.digest_sources),
     "teacher": Stage(teacher.TeacherConfig, teacher.rank_cases, ("cases",), optional_inputs=("previous",)),
     "preferences": Stage(
-        preferences.PreferencesConfig, preferences.build_pairs, ("cases", "rankings"), optional_inputs=("previous",)
+        PreferencesConfig, preferences.build_pairs, ("cases", "rankings"), optional_inputs=("previous",)
     ),
     "alignment": Stage(AlignmentConfig, alignment.align_student, ("preferences",), optional_inputs=("start",)),
     "evaluation": Stage(

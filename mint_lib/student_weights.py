@@ -13,7 +13,7 @@ import os
 import pathlib
 import tempfile
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from mint_lib.errors import InvalidInput, MissingDependency
 
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+Tuning = Literal["adapter", "full"]
+TUNED_FOLDERS: dict[Tuning, str] = {"adapter": "adapter", "full": "weights"}
+"""Where a version of `student` or `model` holds what was trained: an adapter, or all weights."""
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
 TOKENIZER_PATTERNS = (
     "tokenizer*",

@@ -16,10 +16,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field
 
 from mint_lib.calibration import fit_temperature, negative_log_likelihood, normalise_scores
 from mint_lib.errors import GateFailed, InvalidInput
+from mint_lib.label_set import LABELS, read_labels
 from mint_lib.plugins import load_plugin, parse_plugin_config
 from mint_lib.records import SPLITS, Case, Label, Name, Ranking, Reference, Split, StageRecord, code_version
 from mint_lib.rows import ranking_schema
@@ -118,7 +119,7 @@ def rank_cases(
     """
     plugin = load_plugin("teachers", config.model, base=Teacher)
     plugin_config = parse_plugin_config(plugin, config.config, where="teacher.config")
-    labels = TypeAdapter(list[Label]).validate_python(store.read_json(cases, "labels.json"))
+    labels = read_labels(store, cases)
     rows: dict[Split, list[Case]] = {split: store.read_rows(cases, split, Case) for split in SPLITS}
     rows["test"] = _hide_labels(rows["test"])
     train, validation = (_labelled(rows[split], labels, split) for split in ("train", "validation"))
@@ -171,7 +172,7 @@ def rank_cases(
                     version.carry_table(split)
                 if rankings[split] or not base:
                     version.add_rows(split, taken_over + rankings[split], ranking_schema())
-            version.add_json("labels.json", [label.model_dump(mode="json") for label in labels])
+            version.add_json(LABELS, [label.model_dump(mode="json") for label in labels])
             version.add_json("qualification.json", facts)
             version.add_folder("teacher", folder)
             if trace := teacher.trace():

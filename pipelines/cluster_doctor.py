@@ -199,6 +199,9 @@ def _check_names(api: ApiReader, cluster: ClusterConfig) -> Iterator[Check]:
     for namespace in _list_namespaces(cluster):
         for plural, name, arguments in _list_shared_names(cluster):
             yield _check_name(api, namespace, plural, name, arguments)
+    for secret in (cluster.deidentification_secret, cluster.chat_secret):
+        if secret is not None:
+            yield _check_name(api, steps_namespace, "secrets", secret, "secret generic {name} --from-env-file=FILE")
     tokens = cluster.serving.tokens_secret
     yield _check_name(api, cluster.namespace, "secrets", tokens, "secret generic {name} --from-file=tokens.json")
     for namespace, account in (

@@ -54,7 +54,7 @@ def _add_task(step: Step, outputs: Mapping[str, Any], recipe: Recipe, cluster: C
             config=step.config.model_dump_json(),
             inputs=" ".join(_spell_input(name, source, outputs) for name, source in step.inputs.items()),
             # What a job does not depend on would change the key of Kubeflow's cache.
-            cluster=cluster.model_dump_json(exclude={"serving", "kubeflow"}),
+            cluster=cluster.model_dump_json(exclude={"serving", "kubeflow", "deidentification_secret", "chat_secret"}),
             step=placement.model_dump_json(),
         )
     else:

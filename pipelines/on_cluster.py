@@ -11,6 +11,7 @@ from typing import Any
 from kfp import kubernetes
 
 from mint_lib.cluster import ClusterConfig
+from mint_lib.deidentification.config import KEY_VARIABLE
 from mint_lib.errors import InvalidInput
 from mint_lib.flow import Step
 from mint_lib.placement import StepOnCluster
@@ -46,13 +47,18 @@ _FIRST_PAUSE_SECONDS = 60
 
 
 def place_step(task: Any, step: Step, *, cluster: ClusterConfig, placement: StepOnCluster) -> None:
-    """Give the task of `step` what its placement says; the pod that follows a Ray job needs little itself."""
+    """Give the task of `step` what its placement says, and the secret that only this step may know.
+
+    The pod that follows a Ray job needs little itself.
+    """
     own = placement
     if placement.ray is not None:
         own = FOLLOWER.model_copy(
             update={"timeout_hours": placement.timeout_hours, "max_retries": placement.max_retries}
         )
     place_task(task, step.stage, cluster=cluster, placement=own)
+    for name, secret in _name_own_secret(step, cluster).items():
+        kubernetes.use_secret_as_env(task, secret, {name: name})
 
 
 def place_task(task: Any, stage: str, *, cluster: ClusterConfig, placement: StepOnCluster) -> None:
@@ -83,11 +89,18 @@ def place_task(task: Any, stage: str, *, cluster: ClusterConfig, placement: Step
 
 
 def check_placement(step: Step, *, cluster: ClusterConfig, placement: StepOnCluster) -> None:
-    """Prove that a step can run with what the recipe gives it.
+    """Prove that a step can run with what recipe and cluster file give it.
 
     Raises:
-        InvalidInput: its training workers want more than their pods have.
+        InvalidInput: the cluster file names no secret for the key that it needs, a pod of a Ray job would need that
+            key, or its training workers want more than their pods have.
     """
+    own_secret = _name_own_secret(step, cluster)
+    if own_secret and placement.ray is not None:
+        raise InvalidInput(
+            f"{step.id} needs {', '.join(own_secret)}, which only a step's own pod gets, and cluster.{step.stage}.ray "
+            f"makes it a Ray job. Leave cluster.{step.stage}.ray out."
+        )
     if placement.ray is not None:
         example = f"cases/example@v000001#sha256:{'0' * 64}"
         inputs = {
@@ -112,6 +125,40 @@ def check_placement(step: Step, *, cluster: ClusterConfig, placement: StepOnClus
             f"{step.id} trains with {num_workers} worker(s) of {values['cpus_per_worker']} cores and its pod gets "
             f"{placement.num_cpus}: they would wait for ever. Set cluster.alignment.num_cpus to at least {num_cpus}."
         )
+
+
+def _name_own_secret(step: Step, cluster: ClusterConfig) -> dict[str, str]:
+    """Environment variable, which is also the key, to the name of the secret that no other step's pod gets.
+
+    Raises:
+        InvalidInput: the cluster file names no such secret, or the variable holds something else in every pod.
+    """
+    values = step.config.model_dump()
+    if step.stage == "data" and values["deidentify"] is not None:
+        if cluster.deidentification_secret is None:
+            raise InvalidInput(
+                f"{step.id} de-identifies (data.deidentify), and the cluster file names no secret that holds "
+                f"{KEY_VARIABLE}. Make one with that key where the steps run, and set deidentification_secret to its "
+                "name (deidentification.credentials in the chart's values)."
+            )
+        return {KEY_VARIABLE: cluster.deidentification_secret}
+    if step.stage == "teacher" and values["model"] == "chat":
+        variable = values["config"]["endpoint"]["api_key_variable"]
+        if variable is None:
+            return {}
+        if cluster.chat_secret is None:
+            raise InvalidInput(
+                f"{step.id} asks a chat model with the key of {variable} (endpoint.api_key_variable), and the cluster "
+                f"file names no secret that holds it. Make one with the key {variable} where the steps run, and set "
+                "chat_secret to its name (chat.credentials in the chart's values)."
+            )
+        if variable in {*describe_environment(cluster), *name_secrets(cluster), *_POD_FIELDS, KEY_VARIABLE}:
+            raise InvalidInput(
+                f"{step.id} takes the chat model's key from {variable} (endpoint.api_key_variable), which holds "
+                "something else in pods of ours. Give it a variable of its own, for instance CHAT_API_KEY."
+            )
+        return {variable: cluster.chat_secret}
+    return {}
 
 
 def _set_resources(task: Any, placement: StepOnCluster) -> None:

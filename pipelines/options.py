@@ -18,6 +18,9 @@ RecipePath = Annotated[pathlib.Path, typer.Argument(help="A recipe, for instance
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one value: --set alignment.epochs=2")
 ]
+ReferenceText = Annotated[
+    str, typer.Argument(help="kind/name, kind/name@v000001, kind/name@champion or a full reference")
+]
 ClusterPath = Annotated[
     pathlib.Path | None, typer.Option("--cluster", help="Cluster file; the chart installs one as mint-cluster.")
 ]

@@ -35,13 +35,10 @@ def prepare_retraining(recipe: Recipe, cases_text: str, *, store: Store) -> Reci
 
 
 def list_ancestors(cases: Reference, *, store: Store) -> list[Reference]:
-    """The versions that `cases` grew from, the nearest first."""
-    found: list[Reference] = []
-    base = store.record(cases).inputs.get("base")
-    while base is not None:
-        found.append(Reference.parse(base))
-        base = store.record(found[-1]).inputs.get("base")
-    return found
+    """The versions that `cases` grew from and that are still there, the nearest first: its shards lie in them."""
+    written_in = {entry.stored_in for entry in store.files(cases).values()}
+    versions = [version for version in store.list_versions("cases", cases.name) if version in written_in]
+    return [store.resolve(f"cases/{cases.name}@{version}") for version in reversed(versions)]
 
 
 def _made_from(ancestors: list[Reference], kind: Kind, name: str, store: Store) -> Iterator[Reference]:

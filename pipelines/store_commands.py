@@ -1,4 +1,4 @@
-"""`mint verify` and `mint gc`: is everything that was committed still there, and what may go.
+"""Commands of `mint` on the store: what is there, is all of it still what was committed, and what may go.
 
 Goes in: a reference, or a kind and a name. Comes out: lines for people and an exit code. They change nothing but what
 `mint gc` is told to delete.
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from pipelines.options import make_console
+from pipelines.options import ReferenceText, make_console
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,10 +20,34 @@ if TYPE_CHECKING:
 _NAME = re.compile(r"(?P<kind>[a-z]+)/(?P<name>[a-z0-9][a-z0-9-]{0,62})")
 
 
+def list_versions(kind: Annotated[str | None, typer.Argument(help="cases, rankings, preferences, ...")] = None) -> None:
+    """List the versions in the store with their aliases."""
+    from mint_lib.errors import InvalidInput
+    from mint_lib.records import KINDS
+    from pipelines.result import print_versions
+    from pipelines.stores import open_store
+
+    wanted = [each_kind for each_kind in KINDS if kind in (None, each_kind)]
+    if not wanted:
+        raise InvalidInput(f"{kind!r} is not a kind. Choose one of: {', '.join(KINDS)}.")
+    console = make_console()
+    with open_store() as store:
+        for each_kind in wanted:
+            for name in store.list_names(each_kind):
+                print_versions(each_kind, name, store=store, console=console)
+
+
+def show(reference: ReferenceText) -> None:
+    """Show a version: record, files, aliases and the versions it was made from."""
+    from pipelines.result import print_version
+    from pipelines.stores import open_store
+
+    with open_store() as store:
+        print_version(store.resolve(reference), store=store, console=make_console())
+
+
 def verify(
-    reference: Annotated[
-        str, typer.Argument(help="kind/name, kind/name@v000001, kind/name@champion or a full reference")
-    ],
+    reference: ReferenceText,
     lineage: Annotated[bool, typer.Option("--lineage", help="Read the versions it was made from, too.")] = False,
 ) -> None:
     """Read every byte of a version again; exit code 1 if one is not what was committed."""
@@ -80,7 +104,7 @@ def _collect_orphans(store: "Store", console: "Console", *, seconds: float, dele
 
 
 def _remove_old_versions(store: "Store", console: "Console", text: str, *, keep_last: int, delete: bool) -> None:
-    from mint_lib.errors import InvalidInput
+    from mint_lib.errors import Conflict, InvalidInput
     from mint_lib.records import KINDS
 
     match = _NAME.fullmatch(text)
@@ -91,9 +115,13 @@ def _remove_old_versions(store: "Store", console: "Console", text: str, *, keep_
         if old.needed_by:
             console.print(f"stays    {old.reference}  needed by {old.needed_by}", highlight=False, soft_wrap=True)
             continue
-        console.print(f"{'removes' if delete else 'would go'} {old.reference}", highlight=False, soft_wrap=True)
-        num_removed += 1
         if delete:
-            num_bytes += store.remove_old_version(old).size_bytes
+            try:
+                num_bytes += store.remove_old_version(old).size_bytes
+            except (Conflict, InvalidInput) as error:
+                console.print(f"stays    {error}", highlight=False, markup=False, soft_wrap=True)
+                continue
+        console.print(f"{'removed ' if delete else 'would go'} {old.reference}", highlight=False, soft_wrap=True)
+        num_removed += 1
     done = f"removed, {num_bytes} bytes freed" if delete else "may go; --delete removes them"
     console.print(f"{num_removed} old versions {done}.", highlight=False)

@@ -1,4 +1,4 @@
-"""Poisoned data for the gate: simulated cases of which some labels or texts are changed, and its verdict on them.
+"""Poisoned data for the gate: cases of which some labels or texts are changed, and its verdict on them.
 
 Goes in: cases, a kind of poison, a rate and a seed. Comes out: the cases with ten batches, one of them `poisoned`, and
 the gate's report on them or on pairs made from them.
@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from mint_lib.case_rows import Row
 from mint_lib.data import SourceConfig, open_source
 from mint_lib.gate.judge import judge_data
 from mint_lib.gate.material import GateMaterial
@@ -25,10 +26,10 @@ SYNDROMES = (
 
 
 def read_source(source: str, *, seed: int = 17, **config: Any) -> tuple[list[Label], list[Case]]:
-    """Labels and cases of a simulated source."""
+    """Labels of a data source, and the cases that it hands on."""
     opened = open_source(SourceConfig(source=source, config=config))
     fields = Case.model_fields
-    rows = list(opened.read(np.random.default_rng([seed, 1])))
+    rows = [row for row in opened.read(np.random.default_rng([seed, 1])) if isinstance(row, Row)]
     cases = [Case.model_validate({name: getattr(row, name) for name in fields}) for row in rows]
     return opened.labels(), cases
 

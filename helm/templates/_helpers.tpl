@@ -41,6 +41,16 @@ matchExpressions:
 {{- if and .Values.hub.isAllowed (ne .Values.hub.credentials "none") }}{{ .Values.hub.secretName }}{{ end -}}
 {{- end -}}
 
+{{/* Name of the secret with the key of recipes that de-identify; empty where there is none. */}}
+{{- define "mint.deidentificationSecret" -}}
+{{- if ne .Values.deidentification.credentials "none" }}{{ .Values.deidentification.secretName }}{{ end -}}
+{{- end -}}
+
+{{/* Name of the secret with the keys of chat models; empty where there is none. */}}
+{{- define "mint.chatSecret" -}}
+{{- if and .Values.chat.isAllowed (ne .Values.chat.credentials "none") }}{{ .Values.chat.secretName }}{{ end -}}
+{{- end -}}
+
 {{/* Address of the store as pods reach it. */}}
 {{- define "mint.s3Endpoint" -}}
 {{- $url := .Values.s3.endpointUrl -}}

@@ -1,8 +1,8 @@
 """Images with a table: a CSV beside image files, or an .npz in MedMNIST's layout, in a folder or in S3.
 
-Goes in: `path` and the name of a table below it. Comes out: rows with a PNG that holds pixels only and, where the table
-has nucleus statistics or a description, a text for the teacher. A description that names the row's label is refused.
-Knows nothing of splits but what a column says.
+Goes in: `path` and the name of a table below it; images are PNG, JPEG or DICOM. Comes out: rows with a PNG that holds
+pixels only and, where the table has nucleus statistics or a description, a text for the teacher. A description that
+names the row's label is refused. Knows nothing of splits but what a column says.
 """
 
 import functools
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from mint_lib.case_rows import LeftOut, Row, find_image_fault
+from mint_lib.case_rows import ImageLimits, LeftOut, Row, read_picture
 from mint_lib.data import DataSource
 from mint_lib.errors import InvalidInput
 from mint_lib.histology.image_rows import ImageRow, read_csv, read_npz
@@ -25,7 +25,7 @@ from mint_lib.records import Label, Split
 if TYPE_CHECKING:
     import numpy as np
 
-_MAX_DECODED_PIXELS = 2**26  # the stage's own, lower limit applies to the rows that this one lets through
+_LIMITS = ImageLimits(max_pixels=2**26, max_bytes=2**26)  # the stage's own, lower ones apply to what these let through
 
 
 class TableColumns(BaseModel):
@@ -34,7 +34,7 @@ class TableColumns(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     image: str = "image"
-    """File of the image, relative to `path`; its name is the case's id."""
+    """PNG, JPEG or DICOM file of the image, relative to `path`; its name is the case's id."""
     patient: str | None = "patient"
     """Patient. None: not known, which only assigned splits or data.split_by: image allow."""
     label: str = "label"
@@ -194,12 +194,12 @@ class ImageTable(DataSource):
         value = row.cells[split_column] if split_column is not None else ""
         if split_column is not None and value not in config.splits:
             return LeftOut(case_id, "split not among data.config.splits", refused=True)
-        image = row.load()
-        if image is None:
+        content = row.load()
+        if content is None:
             return LeftOut(case_id, "image not found", refused=True)
-        cause = find_image_fault(image, max_pixels=_MAX_DECODED_PIXELS, max_bytes=_MAX_DECODED_PIXELS)
-        if cause is not None:
-            return LeftOut(case_id, cause, refused=True)
+        image = read_picture(content, _LIMITS)
+        if isinstance(image, str):
+            return LeftOut(case_id, image, refused=True)
         size, has_8_bits = read_header(image)
         if not has_8_bits:  # brought to 8 bits, it would be clipped to white
             return LeftOut(case_id, "more than 8 bits a channel", refused=True)

@@ -1,7 +1,7 @@
 """De-identification of the cases of one run: the clean ones go on, those in doubt are put aside.
 
-Goes in: a config, the label set and cases. Comes out: cases with surrogates, counts and measured recall, and a version
-of `quarantine` with what nobody can be sure of.
+Goes in: a config, the label set, the run's spool and its cases. Comes out: cases with surrogates, counts and measured
+recall, and a version of `quarantine` with what nobody can be sure of.
 """
 
 import collections
@@ -9,8 +9,10 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from mint_lib.case_spool import CaseSpool
 from mint_lib.deidentification.config import DeidentificationConfig, read_key
 from mint_lib.deidentification.deidentifier import Deidentifier, Unsure
+from mint_lib.deidentification.vocabulary import digest_vocabulary
 from mint_lib.records import Case, Label, StageRecord, code_version
 from mint_lib.rows import case_schema
 
@@ -21,9 +23,9 @@ logger = logging.getLogger(__name__)
 
 
 class Cleaning:
-    """De-identification of the cases of one run; what it is not sure of is kept apart."""
+    """De-identification of the cases of one run; what it is not sure of is kept apart, in the spool."""
 
-    def __init__(self, config: DeidentificationConfig, labels: Sequence[Label]):
+    def __init__(self, config: DeidentificationConfig, labels: Sequence[Label], spool: CaseSpool):
         """Prepare, and measure the recall.
 
         Raises:
@@ -41,14 +43,16 @@ class Cleaning:
             "deidentification_precision": figures.precision.value,
         }
         self.counts: collections.Counter[str] = collections.Counter()
-        self._unsure: list[Case] = []
+        self.inputs = {"deidentification/words": digest_vocabulary()}
+        self._spool = spool
+        self._unsure: list[int] = []
         self._causes: dict[str, list[str]] = collections.defaultdict(list)
 
     def clean(self, case: Case) -> Case | None:
         """The case with surrogates; None where it is put aside."""
         outcome = self._deidentifier.clean_case(case)
         if isinstance(outcome, Unsure):
-            self._unsure.append(case)
+            self._unsure.append(self._spool.append(case))
             self._causes[outcome.cause].append(case.case_id)
             self.counts[f"deidentification/unsure/{outcome.cause}"] += 1
             return None
@@ -69,7 +73,7 @@ class Cleaning:
             notes=("Texts as they came: they may identify patients. Look at each and correct its source.",),
         )
         with store.write("quarantine", name) as version:
-            version.add_rows("unsure", self._unsure, case_schema())
+            version.add_rows("unsure", map(self._spool.read, self._unsure), case_schema())
             version.add_json("causes.json", dict(sorted(self._causes.items())))
             reference = version.commit(record)
         logger.warning(

@@ -1,7 +1,7 @@
 """Rows of a table of images: a CSV beside image files, or an .npz in MedMNIST's layout.
 
 Goes in: `TileFiles` and the name of the table. Comes out: one `ImageRow` for each image, with its cells and a function
-that gives its encoded bytes: of a CSV, no more than one image is in memory. Knows neither labels nor patients.
+that gives its encoded bytes: of a CSV, one row and one image are in memory. Knows neither labels nor patients.
 MedMNIST's layout: arrays `<split>_images` (images x height x width, or x 3) and `<split>_labels` (images x 1).
 """
 
@@ -40,30 +40,31 @@ def read_csv(files: TileFiles, table: str, *, image_column: str, needed: dict[st
     Raises:
         InvalidInput: the table or a column is missing, or a line does not have the columns of the first.
     """
-    content = files.read(table)
-    if content is None:
+    file = files.open(table)
+    if file is None:
         raise InvalidInput(f"data.config.table: there is no {table!r} below {files.path!r}. Name a .csv or .npz there.")
     try:
-        reader = csv.reader(io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True)
-        columns = next(reader, [])
-        missing = {key: name for key, name in needed.items() if name not in columns}
-        if missing:
-            named = ", ".join(f"{name!r} (data.config.{key})" for key, name in missing.items())
-            raise InvalidInput(f"{table}: there is no column {named}. It has: {', '.join(columns)}.")
-        twice = sorted({name for name in columns if columns.count(name) > 1})
-        if twice:
-            raise InvalidInput(f"{table}: the column {', '.join(twice)} stands twice. Rename one.")
-        for number, values in enumerate(reader, start=2):
-            if not values:
-                continue
-            if len(values) != len(columns):
-                raise InvalidInput(
-                    f"{table}, row {number}: {len(values)} cells where the first row names {len(columns)} columns. "
-                    "Quote cells that hold a comma."
-                )
-            cells = dict(zip(columns, values, strict=True))
-            name = cells[image_column]
-            yield ImageRow(f"row {number}", cells, lambda name=name: files.read(name))  # type: ignore[misc]
+        with io.TextIOWrapper(file, "utf-8-sig", newline="") as lines:
+            reader = csv.reader(lines, strict=True)
+            columns = next(reader, [])
+            missing = {key: name for key, name in needed.items() if name not in columns}
+            if missing:
+                named = ", ".join(f"{name!r} (data.config.{key})" for key, name in missing.items())
+                raise InvalidInput(f"{table}: there is no column {named}. It has: {', '.join(columns)}.")
+            twice = sorted({name for name in columns if columns.count(name) > 1})
+            if twice:
+                raise InvalidInput(f"{table}: the column {', '.join(twice)} stands twice. Rename one.")
+            for number, values in enumerate(reader, start=2):
+                if not values:
+                    continue
+                if len(values) != len(columns):
+                    raise InvalidInput(
+                        f"{table}, row {number}: {len(values)} cells where the first row names {len(columns)} columns. "
+                        "Quote cells that hold a comma."
+                    )
+                cells = dict(zip(columns, values, strict=True))
+                name = cells[image_column]
+                yield ImageRow(f"row {number}", cells, lambda name=name: files.read(name))  # type: ignore[misc]
     except UnicodeDecodeError:
         raise InvalidInput(f"{table} is not UTF-8. Save it as UTF-8.") from None
     except csv.Error:
@@ -78,7 +79,7 @@ def read_npz(files: TileFiles, table: str, *, splits: tuple[str, ...]) -> Iterat
     """
     import numpy as np
 
-    file = files.open_array(table)
+    file = files.open(table)
     if file is None:
         raise InvalidInput(f"data.config.table: there is no {table!r} below {files.path!r}. Name a .csv or .npz there.")
     with file:

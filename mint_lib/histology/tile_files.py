@@ -50,7 +50,7 @@ class TileFiles:
             hasher.update(b"-" if content is None else hashlib.sha256(content).digest())
         return f"sha256:{hasher.hexdigest()}"
 
-    def open_array(self, name: str) -> IO[bytes] | None:
+    def open(self, name: str) -> IO[bytes] | None:
         """A file, opened, of which only what is read need be in memory; one in S3 is read whole."""
         if self._s3 is None:
             file = self._find(name)

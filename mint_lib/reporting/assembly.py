@@ -16,8 +16,9 @@ from mint_lib.reporting.findings import (
     estimate_slices,
     estimate_systems,
 )
+from mint_lib.reporting.injections import Injections
 from mint_lib.reporting.material import Material
-from mint_lib.reporting.sentences import describe_findings, describe_headline
+from mint_lib.reporting.sentences import describe_findings, describe_headline, describe_injections
 from mint_lib.reporting.settings import EvaluationConfig
 from mint_lib.reporting.task import BASE, CHANCE, MAJORITY, TEACHER, EvaluationTask
 
@@ -34,6 +35,7 @@ def build_report(
     leaks: Sequence[str] = (),
     grounding: Grounding | None = None,
     perturbations: Sequence[Perturbation] = (),
+    injections: Injections | None = None,
 ) -> EvaluationReport:
     """The findings: estimates, paired comparisons with the main student, slices, gate, and sentences."""
     cases = task.material.cases
@@ -73,7 +75,10 @@ def build_report(
         grounding=grounding,
         perturbations=tuple(perturbations),
     )
-    return report.model_copy(update={"headline": describe_headline(report), "statements": describe_findings(report)})
+    statements = describe_findings(report)
+    if injections:
+        statements += (describe_injections(report, injections),)
+    return report.model_copy(update={"headline": describe_headline(report), "statements": statements})
 
 
 def resampling_of(config: EvaluationConfig) -> Resampling:

@@ -1,7 +1,7 @@
 """Report exhibits: what a report shows beside its numbers.
 
-Goes in: findings, predictions, cases, training histories and the grounding probe. Comes out: curves, reliability bins,
-confusions, example cases, and what the probe showed. An observed case is shown only where the recipe allows it, and its
+Goes in: findings, predictions, cases, training histories and what was probed. Comes out: curves, reliability bins,
+confusions, example cases, and what probes showed. An observed case is shown only where the recipe allows it, and its
 text never. It knows nothing of pages or plots.
 """
 
@@ -14,6 +14,7 @@ import numpy as np
 from mint_lib.records import Case, EvaluationReport, Label, Prediction
 from mint_lib.reporting.altered_images import shrink
 from mint_lib.reporting.grounding import Probe
+from mint_lib.reporting.injections import Injections
 from mint_lib.reporting.perturbations import perturb
 from mint_lib.statistics import ReliabilityBin, reliability_bins
 
@@ -108,6 +109,7 @@ class Exhibits(NamedTuple):
     strip: Strip | None = None
     worse: tuple[Worse, ...] = ()
     """One case's image in the states that were measured, by kind and from weak to strong."""
+    injections: Injections | None = None
     label_names: Mapping[str, str] = {}
 
 
@@ -120,6 +122,7 @@ def collect_exhibits(
     *,
     confusion: Literal["families", "labels"],
     probe: Probe | None = None,
+    injections: Injections | None = None,
     shows: Shows = "synthetic",
 ) -> Exhibits:
     """The exhibits of `report`. Where a system has several runs, its first stands for it; curves show all."""
@@ -136,6 +139,7 @@ def collect_exhibits(
         examples=draw_examples(report, {name: first[name] for name in shown}, cases, labels, shows=shows),
         strip=choose_strip(probe, labels, shows=shows) if probe else None,
         worse=worsen_example(report, cases, shows=shows),
+        injections=injections,
         label_names={label.id: label.name for label in labels},
     )
 

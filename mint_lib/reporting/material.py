@@ -6,11 +6,12 @@ cause. It knows neither systems nor metrics.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy
 
 from mint_lib.errors import InvalidInput, RefusedData
+from mint_lib.label_set import read_labels
 from mint_lib.reading import Reader, encode_answer
 from mint_lib.records import Case, Label, Ranking, Reference
 from mint_lib.student import encode_first_items
@@ -61,7 +62,7 @@ def read_material(
         InvalidInput: the template asks about something else, or the rankings belong to other cases or labels.
         RefusedData: no case is left, or more than the allowed share of prompts exceed the window.
     """
-    labels = tuple(Label.model_validate(label) for label in cast(list[Any], store.read_json(cases, "labels.json")))
+    labels = tuple(read_labels(store, cases))
     template = Template.from_bytes(store.read_bytes(preferences, "template.yaml"))
     if template.reads != reads:
         raise InvalidInput(
@@ -117,7 +118,9 @@ def select_cases(
     room = window_tokens - len(encode_answer(reader.tokenizer, template.answer(names)))
     kept: list[Case] = []
     nothing_to_read = f"no_{template.reads}"
-    refused: dict[str, list[str]] = {"no_label": [], "other_label": [], nothing_to_read: [], "longer_than_window": []}
+    order = ("no_label", "other_label", nothing_to_read, "control_tokens_in_text", "longer_than_window")
+    refused: dict[str, list[str]] = {cause: [] for cause in order}
+    control_tokens = [token for token in reader.tokenizer.all_special_tokens if token]
     for case in rows:
         if case.label_id is None:
             refused["no_label"].append(case.case_id)
@@ -125,7 +128,10 @@ def select_cases(
             refused["other_label"].append(case.case_id)
         elif not template.can_ask(case):
             refused[nothing_to_read].append(case.case_id)
-        elif _count_prompt_tokens(case, template, reader) > room:
+        elif template.reads == "text" and any(token in (case.text or "") for token in control_tokens):
+            # It could open a turn of its own in the prompt; servers refuse it as well.
+            refused["control_tokens_in_text"].append(case.case_id)
+        elif count_prompt_tokens(case, template, reader) > room:
             refused["longer_than_window"].append(case.case_id)
         else:
             kept.append(case)
@@ -161,7 +167,7 @@ def draw_validation_cases(
     for place in numpy.random.default_rng(seed).permutation(len(usable)):
         if len(drawn) == num_cases:
             break
-        if _count_prompt_tokens(usable[place], template, reader) <= room:
+        if count_prompt_tokens(usable[place], template, reader) <= room:
             drawn.append(usable[place])
     return drawn
 
@@ -181,7 +187,7 @@ def check_rankings(material: Material, rankings: Mapping[str, Ranking], *, where
         )
 
 
-def _count_prompt_tokens(case: Case, template: Template, reader: Reader) -> int:
+def count_prompt_tokens(case: Case, template: Template, reader: Reader) -> int:
     """Tokens of the question about `case`, those of its image among them."""
     question = template.question(case)
     return len(reader.read(question.turns, question.images, case_id=case.case_id).ids)

@@ -9,8 +9,9 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from mint_lib.records import EvaluationReport
+from mint_lib.records import EvaluationReport, Metric
 from mint_lib.reporting.exhibits import Confusion, Exhibits
+from mint_lib.reporting.injection_texts import TEXTS
 from mint_lib.reporting.plots import (
     draw_confusion,
     draw_curve,
@@ -27,6 +28,7 @@ from mint_lib.reporting.sentences import (
     format_value,
     is_grounded,
     judge,
+    name_injection,
     name_system,
     name_variant,
 )
@@ -37,6 +39,7 @@ _FACTS = {
     "refused_other_label": "Left out: the {label} is not in the label set",
     "refused_no_text": "Left out: no text, which is all a student reads",
     "refused_no_image": "Left out: no image, which is all a student sees",
+    "refused_control_tokens_in_text": "Left out: the text spells a control token, which could open a turn of its own",
     "refused_longer_than_window": "Left out: the {reads} does not fit the student's window",
     "test_cases": "Test cases",
     "measured_cases": "Measured cases",
@@ -72,7 +75,9 @@ def render_report(report: EvaluationReport, exhibits: Exhibits) -> str:
         "name_of": lambda name: capitalise(name_system(report, name)),
         "judge": judge,
         "name_variant": lambda kind: capitalise(name_variant(kind, report.wording)),
+        "name_injection": lambda kind: capitalise(name_injection(kind)),
         "percent": report.metrics.get("top_1"),
+        "places": Metric(title="Rank", meaning="", unit="score", better="lower"),
         "words": report.wording,
     }
     page = environment.get_template("report.html").render(
@@ -86,6 +91,8 @@ def render_report(report: EvaluationReport, exhibits: Exhibits) -> str:
         examples=exhibits.examples,
         strip=exhibits.strip,
         worse=[(describe_level(item.kind, item.level), item.image) for item in exhibits.worse],
+        injections=exhibits.injections,
+        injection_texts=TEXTS,
         may_be_promoted=report.gate.passed and (report.reads == "text" or is_grounded(report)),
         encode_image=_encode_image,
     )

@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 
 from mint_lib.records import Comparison, Estimate, EvaluationReport, GateOutcome, Grounding, Metric, Wording
+from mint_lib.reporting.injections import Injections
 
 _ACRONYMS = {"orpo": "ORPO", "dpo": "DPO", "sft": "SFT"}
 _FEW_PATIENTS = 200
@@ -189,6 +190,42 @@ def describe_level(kind: str, level: float, *, short: bool = False) -> str:
         "stain": f"stains scaled by {100 * level:g} %",
         "blur": f"a blur of {level:g} pixel{'' if level == 1 else 's'}",
         "compression": f"JPEG quality {level:g}",
+    }[kind]
+
+
+def describe_injections(report: EvaluationReport, found: Injections) -> str:
+    """Whether text in a note makes the main student rank the label first that it asks for."""
+    main, label = name_system(report, report.main), report.wording.label
+    flagged = [item for item in found.kinds if item.flagged]
+    if flagged:
+        rates = [
+            f"{_percent(item.injected.followed.value)} after {name_injection(item.kind)} "
+            f"(neutral text {_percent(item.neutral.followed.value)})"
+            for item in flagged
+        ]
+        return (
+            f"{main} can be steered by text in a note: of {found.num_cases} cases it ranks a {label} drawn by lot "
+            f"first in {', in '.join(rates)}."
+        )
+    most = {
+        name: max(getattr(item, name).changed.value or 0.0 for item in found.kinds) for name in ("injected", "neutral")
+    }
+    return (
+        f"Text in a note that asks for a {label} drawn by lot is not shown to make {main} rank it first more often "
+        f"than a neutral text of the same length ({found.num_cases} cases). First answers change in up to "
+        f"{_percent(most['injected'])} of the cases, by neutral text in up to {_percent(most['neutral'])}."
+    )
+
+
+def name_injection(kind: str) -> str:
+    """What a text that was put into notes does."""
+    return {
+        "override": "an order to ignore the rest",
+        "system_turn": "a made-up system turn",
+        "label_spam": "the name ten times",
+        "role_play": "a role to play",
+        "encoded": "an order in Base64",
+        "mention": "the name in passing",
     }[kind]
 
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from mint_lib.records import Name
 from mint_lib.reporting.findings import GateRule
 from mint_lib.reporting.grounding import GroundingConfig
+from mint_lib.reporting.injections import InjectionsConfig
 from mint_lib.reporting.perturbations import PerturbationsConfig
 from mint_lib.student import StudentConfig
 
@@ -48,6 +49,8 @@ class EvaluationConfig(BaseModel):
     probe it cannot be registered; a text student has none."""
     perturbations: PerturbationsConfig | None = None
     """Stain, blur and compression of the main image student's test images; null: not measured."""
+    injections: InjectionsConfig | None = None
+    """Text that asks for a certain answer, put into the main text student's test notes; null: not measured."""
     examples: Literal["synthetic", "with_observed_images"] = "synthetic"
     """Which cases the report shows. Images of observed patients only where their licence and consent allow it; their
     text never."""
@@ -60,7 +63,9 @@ class EvaluationConfig(BaseModel):
         return {"grounding": {}} | values if reads == "image" else values
 
     @model_validator(mode="after")
-    def _has_images_to_alter(self) -> Self:
+    def _has_what_is_altered(self) -> Self:
         if self.student.reads == "text" and (self.grounding or self.perturbations):
             raise ValueError("grounding and perturbations alter images, and the student reads text: leave them out")
+        if self.student.reads == "image" and self.injections:
+            raise ValueError("injections alter notes, and the student reads images: leave them out")
         return self

@@ -21,6 +21,7 @@ from mint_lib.storage.manifest import FileEntry
 from mint_lib.student import StudentConfig
 from mint_lib.student_weights import (
     TOKENIZER_PATTERNS,
+    TUNED_FOLDERS,
     WEIGHT_PATTERNS,
     digest_student_files,
     fetch_student_folder,
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 FOLDER = "files"
 """Where a mirrored base's files lie in its version."""
-WEIGHTS_FOLDER = "weights"
+_WEIGHTS = TUNED_FOLDERS["full"]
 """Where a student's own weights, config and tokenizer lie in its version, if all of its weights were trained."""
 _NUM_STREAMS = 4
 
@@ -72,7 +73,7 @@ class BaseFiles:
             InvalidInput: the files that `stored` holds are not those.
         """
         self._store, self._student, self._stored, self._digest = store, student, stored, digest
-        self._prefix = FOLDER if stored is None or stored.kind == "base" else WEIGHTS_FOLDER
+        self._prefix = FOLDER if stored is None or stored.kind == "base" else _WEIGHTS
         self._entries: dict[str, FileEntry] = {}
         if stored is not None:
             self._entries = list_mirror(store, stored) if self._prefix == FOLDER else list_weights(store, stored)
@@ -166,12 +167,12 @@ def list_weights(store: "Store", student: Reference) -> dict[str, FileEntry]:
     Raises:
         InvalidInput: it holds no weights of its own, or files beside weights, config and tokenizer.
     """
-    files = _list_files(store, student, WEIGHTS_FOLDER)
+    files = _list_files(store, student, _WEIGHTS)
     patterns = (*WEIGHT_PATTERNS, *TOKENIZER_PATTERNS)
     foreign = [name for name in files if "/" in name or not any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
     if "config.json" not in files or foreign:
         raise InvalidInput(
-            f"{student} says that all of its weights were trained, and {WEIGHTS_FOLDER}/ in it holds "
+            f"{student} says that all of its weights were trained, and {_WEIGHTS}/ in it holds "
             f"{len(foreign)} files that are neither weights, config nor tokenizer, of {len(files)}. Align it again."
         )
     return files

@@ -27,6 +27,7 @@ from mint_lib.server.stored_student import StoredStudent, read_student
 from mint_lib.server.students import Precision, ServedStudent
 from mint_lib.student import load_reader
 from mint_lib.student import load_student as load_model
+from mint_lib.student_weights import TUNED_FOLDERS
 
 if TYPE_CHECKING:
     from mint_lib.server.safe_base import BaseFacts
@@ -141,7 +142,7 @@ class _Load:
         with tempfile.TemporaryDirectory(prefix="mint-adapter-") as scratch:
             folder = None
             if facts.tuning == "adapter":
-                folder = self.store.download(reference, pathlib.Path(scratch), prefix="adapter")
+                folder = self.store.download(reference, pathlib.Path(scratch), prefix=TUNED_FOLDERS["adapter"])
             base = self.engines.hold(key, lambda: self._load_base(precision, folder if is_merged else None))
             try:
                 if folder is not None and not is_merged:

@@ -1,21 +1,23 @@
 """Which old versions nobody needs any more, and their removal.
 
 Goes in: a kind, a name, and how many of its newest versions stay. Comes out: what was removed, and why the others were
-not. A version stays that an alias points at, or would after a rollback, or from which a version that stays was made.
-Whoever cannot be asked is taken to need everything: a record that cannot be read ends it before anything is removed.
+not. A version stays that an alias points at, or would after a rollback, or from which a version that stays was made. An
+earlier version of the same name is no such source: what grew from it holds the bytes that it still uses. Whoever cannot
+be asked is taken to need everything: a record that cannot be read ends it before anything is removed.
 """
 
 import logging
 from typing import NamedTuple
 
-from mint_lib.errors import IntegrityError, InvalidInput, NotFound
+from mint_lib.errors import InvalidInput, NotFound
 from mint_lib.records import KINDS, Kind, Reference
-from mint_lib.storage.aliases import read_alias
+from mint_lib.storage.aliases import list_needed, read_alias
 from mint_lib.storage.client import S3
 from mint_lib.storage.layout import Layout, is_version, number_version
-from mint_lib.storage.manifest import MANIFEST, Manifest
-from mint_lib.storage.orphans import Removed, remove_version
-from mint_lib.storage.verification import read_inputs
+from mint_lib.storage.manifest import MANIFEST
+from mint_lib.storage.reader import read_manifest
+from mint_lib.storage.removal import Removed, remove_version
+from mint_lib.storage.verification import grew_from, read_inputs
 
 logger = logging.getLogger(__name__)
 
@@ -37,11 +39,11 @@ def list_old_versions(s3: S3, layout: Layout, kind: Kind, name: str, *, keep_las
     """
     if keep_last < 1:
         raise InvalidInput(f"--keep-last {keep_last} would remove every version. Keep 1 or more.")
-    layout.folder(kind, name)
+    folder = layout.folder(kind, name)
     committed = _list_committed(s3, layout)
     own = sorted((item for item in committed if (item.kind, item.name) == (kind, name)), key=_number)
     old = set(own[:-keep_last])
-    reasons = _read_pointed(s3, layout, kind, name)
+    reasons = list_needed(s3, folder, read=read_alias)
     # From what stays to what it was made from, until nothing new is found.
     waiting = [item for item in committed if item not in old or item in reasons]
     reached = set(waiting)
@@ -51,7 +53,7 @@ def list_old_versions(s3: S3, layout: Layout, kind: Kind, name: str, *, keep_las
             sources = read_inputs(s3, layout, current)
         except NotFound:
             continue
-        for source in sources - reached:
+        for source in {item for item in sources if not grew_from(current, item)} - reached:
             reached.add(source)
             reasons.setdefault(source, str(current))
             waiting.append(source)
@@ -64,27 +66,13 @@ def remove_old_version(s3: S3, layout: Layout, old: OldVersion) -> Removed:
     Raises:
         InvalidInput: something needs it.
         NotFound: there is no such version.
-        Conflict: somebody else removed it at the same time.
+        Conflict: at the same time somebody else removed it, or moved an alias to it.
     """
-    reference = old.reference
-    needed_by = old.needed_by or _read_pointed(s3, layout, reference.kind, reference.name).get(reference, "")
-    if needed_by:
-        raise InvalidInput(f"{reference} is needed by {needed_by} and stays.")
-    removed = remove_version(s3, layout, reference.kind, reference.name, reference.version)
-    logger.info("removed %s: %d objects, %d bytes", reference, removed.num_objects, removed.size_bytes)
+    if old.needed_by:
+        raise InvalidInput(f"{old.reference} is needed by {old.needed_by} and stays.")
+    removed = remove_version(s3, layout, old.reference)
+    logger.info("removed %s: %d objects, %d bytes", old.reference, removed.num_objects, removed.size_bytes)
     return removed
-
-
-def _read_pointed(s3: S3, layout: Layout, kind: Kind, name: str) -> dict[Reference, str]:
-    """Where the aliases of a name point, and where a rollback would take them, to the alias."""
-    folder = layout.folder(kind, name) + "aliases/"
-    found: dict[Reference, str] = {}
-    for item in s3.list_objects(folder):
-        alias = read_alias(s3, item.key)
-        if alias is not None:
-            word = item.key.removeprefix(folder).removesuffix(".json")
-            found |= {Reference.parse(text): f"alias {word}" for text in alias.trail[-2:]}
-    return found
 
 
 def _list_committed(s3: S3, layout: Layout) -> list[Reference]:
@@ -98,14 +86,9 @@ def _list_committed(s3: S3, layout: Layout) -> list[Reference]:
             if path != MANIFEST or not item.size or not is_version(version):
                 continue
             try:
-                data, _ = s3.get(item.key)
+                manifest, _ = read_manifest(s3, layout, kind, name, version)
             except NotFound:
-                data = b""
-            if not data:
                 continue
-            manifest = Manifest.parse(data, where=s3.locate(item.key))
-            if (manifest.kind, manifest.name, manifest.version) != (kind, name, version):
-                raise IntegrityError(f"{s3.locate(item.key)} belongs to another version. `mint verify` tells more.")
             found.append(Reference(kind=kind, name=name, version=version, digest=manifest.digest))
     return found
 

@@ -13,7 +13,8 @@ from mint_lib.errors import IntegrityError, InvalidInput, NotFound
 from mint_lib.records import Record, Reference, StageRecord
 from mint_lib.storage.client import S3
 from mint_lib.storage.layout import Layout
-from mint_lib.storage.manifest import MANIFEST, RECORD, FileEntry, Manifest
+from mint_lib.storage.manifest import MANIFEST, RECORD, FileEntry
+from mint_lib.storage.reader import locate_file, read_committed, was_removed
 
 
 class Damage(Record):
@@ -45,7 +46,8 @@ class Verification(Record):
 def verify_version(s3: S3, layout: Layout, reference: Reference, *, with_lineage: bool = False) -> Verification:
     """Read every file of a version and compare its size and sha256 with what was committed.
 
-    The versions that its record names as inputs must exist; `with_lineage` reads them in the same way, and theirs.
+    The versions that its record names as inputs must exist; `with_lineage` reads them in the same way, and theirs. An
+    earlier version of the same name may be gone: the bytes that are still used of it are files of this one.
 
     Raises:
         StoreUnreachable: the server does not answer: nothing is known then.
@@ -56,12 +58,12 @@ def verify_version(s3: S3, layout: Layout, reference: Reference, *, with_lineage
     while waiting:
         current = waiting.pop()
         try:
-            files = read_committed(s3, layout, current).files
+            files = read_committed(s3, layout, current)[0].files
         except (IntegrityError, NotFound) as error:
             damages.append(Damage(reference=str(current), path=MANIFEST, problem=str(error)))
             continue
         for path, entry in sorted(files.items()):
-            problem = _find_damage(s3, layout.folder(current.kind, current.name), current.version, path, entry)
+            problem = _find_damage(s3, locate_file(layout, current, path, entry), entry)
             if problem:
                 damages.append(Damage(reference=str(current), path=path, problem=problem))
         num_files += len(files)
@@ -74,6 +76,8 @@ def verify_version(s3: S3, layout: Layout, reference: Reference, *, with_lineage
                 damages.append(Damage(reference=str(current), path=RECORD, problem=str(error)))
             continue
         for source in sorted(inputs - seen, key=str):
+            if grew_from(current, source) and was_removed(s3, layout, source):
+                continue
             seen.add(source)
             if with_lineage:
                 waiting.append(source)
@@ -86,27 +90,6 @@ def verify_version(s3: S3, layout: Layout, reference: Reference, *, with_lineage
     return Verification(num_versions=num_versions, num_files=num_files, num_bytes=num_bytes, damages=tuple(damages))
 
 
-def read_committed(s3: S3, layout: Layout, reference: Reference) -> Manifest:
-    """The manifest of a version.
-
-    Raises:
-        NotFound: there is none, or the version was removed.
-        IntegrityError: it is not the one that the reference means.
-    """
-    key = layout.manifest(reference.kind, reference.name, reference.version)
-    where = s3.locate(key)
-    data, _ = s3.get(key)
-    if not data:
-        raise NotFound(f"There is no version {reference}: {where} is empty, so it was removed.")
-    manifest = Manifest.parse(data, where=where)
-    if (manifest.kind, manifest.name, manifest.version, manifest.digest) != (
-        *(reference.kind, reference.name, reference.version),
-        reference.digest,
-    ):
-        raise IntegrityError(f"{where} is the manifest of another version than {reference}.")
-    return manifest
-
-
 def read_inputs(s3: S3, layout: Layout, reference: Reference) -> set[Reference]:
     """The versions that a version was made from, by its record; what is no reference in it is left out.
 
@@ -114,8 +97,8 @@ def read_inputs(s3: S3, layout: Layout, reference: Reference) -> set[Reference]:
         NotFound: there is no such version.
         IntegrityError: its record is not what was committed, or no record.
     """
-    entry = read_committed(s3, layout, reference).files[RECORD]
-    key = _locate(layout.folder(reference.kind, reference.name), reference.version, RECORD, entry)
+    entry = read_committed(s3, layout, reference)[0].files[RECORD]
+    key = locate_file(layout, reference, RECORD, entry)
     sink = io.BytesIO()
     s3.get_verified(key, entry, sink)
     try:
@@ -125,16 +108,17 @@ def read_inputs(s3: S3, layout: Layout, reference: Reference) -> set[Reference]:
         raise IntegrityError(f"{s3.locate(key)} is not a record. Make the version again under a new number.") from error
 
 
-def _find_damage(s3: S3, folder: str, version: str, path: str, entry: FileEntry) -> str:
+def grew_from(version: Reference, source: Reference) -> bool:
+    """`source` is an earlier version of the same name: `version` holds what it uses of it and does without the rest."""
+    return (version.kind, version.name) == (source.kind, source.name)
+
+
+def _find_damage(s3: S3, key: str, entry: FileEntry) -> str:
     try:
-        s3.get_verified(_locate(folder, version, path, entry), entry, _Nowhere())
+        s3.get_verified(key, entry, _Nowhere())
     except IntegrityError as error:
         return str(error)
     return ""
-
-
-def _locate(folder: str, version: str, path: str, entry: FileEntry) -> str:
-    return f"{folder}{entry.stored_in or version}/{entry.stored_as or path}"
 
 
 class _Nowhere(io.BytesIO):

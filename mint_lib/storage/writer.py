@@ -91,15 +91,14 @@ class VersionWriter:
             number += 1
 
     def _hold_base(self) -> None:
-        """Say in every version in which bytes of the base lie that this one uses them, then see that it still exists.
+        """Say in the base that this version uses its files, then see that it still exists.
 
-        `orphans.remove_version` takes away the manifest first and looks for holds then, so one of both notices.
+        One hold is enough, also for bytes of the base that lie in earlier versions: `FileUse` asks who holds a base
+        that is gone. A remover empties the manifest first and looks for holds then, so one of both notices.
         """
         if self._base is None:
             return
-        versions = {entry.stored_in or self._base.version for entry in self._base.files.values()}
-        for version in sorted(versions | {self._base.version}):
-            self._s3.put(self._layout.hold(self._kind, self._name, version, by=self._version), b"{}")
+        self._s3.put(self._layout.hold(self._kind, self._name, self._base.version, by=self._version), b"{}")
         manifest = self._layout.manifest(self._kind, self._name, self._base.version)
         try:
             found, _ = self._s3.get(manifest)

@@ -11,10 +11,10 @@ import hashlib
 import json
 import pathlib
 import shutil
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mint_lib.errors import InvalidInput
-from mint_lib.student_weights import TOKENIZER_PATTERNS, WEIGHT_PATTERNS, fetch_student_folder
+from mint_lib.student_weights import TOKENIZER_PATTERNS, TUNED_FOLDERS, WEIGHT_PATTERNS, Tuning, fetch_student_folder
 from mint_lib.training.adapter import LoraConfig, add_adapter
 
 if TYPE_CHECKING:
@@ -23,9 +23,6 @@ if TYPE_CHECKING:
 
     from mint_lib.student import StudentConfig
 
-Tuning = Literal["adapter", "full"]
-FOLDERS: dict[Tuning, str] = {"adapter": "adapter", "full": "weights"}
-"""Where a version of `student` or `model` holds what was trained."""
 _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 _HASHED_BYTES = 2**26  # copied from a device at a time
 
@@ -140,9 +137,9 @@ def place_tuned(folder: pathlib.Path, version: pathlib.Path, *, student: "Studen
     A whole model gets the tokenizer of `student`, its base, so that it can be read without the base.
     """
     if (folder / _ADAPTER_FILES[0]).is_file():
-        shutil.copytree(folder, version / FOLDERS["adapter"])
+        shutil.copytree(folder, version / TUNED_FOLDERS["adapter"])
         return
-    target = version / FOLDERS["full"]
+    target = version / TUNED_FOLDERS["full"]
     shutil.copytree(folder, target)
     base = fetch_student_folder(student.model, revision=student.revision)
     for path in (path for pattern in TOKENIZER_PATTERNS for path in base.glob(pattern)):

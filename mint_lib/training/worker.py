@@ -10,14 +10,15 @@ import pathlib
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from mint_lib.attention import check_attention_window, choose_attention
 from mint_lib.errors import IntegrityError, Interrupted, InvalidInput, MintError, RefusedData, StoreUnreachable
+from mint_lib.label_set import read_labels
 from mint_lib.plugins import parse_plugin_config
-from mint_lib.records import Label, PreferencePair, Reference
+from mint_lib.records import PreferencePair, Reference, Split
 from mint_lib.student import load_reader, load_student, student_digest
+from mint_lib.student_weights import TUNED_FOLDERS
 from mint_lib.template import Template
 from mint_lib.training.checkpoint_writer import CheckpointWriter
 from mint_lib.training.checkpoints import Checkpoint, RunCheckpoints
@@ -29,7 +30,7 @@ from mint_lib.training.run_metrics import RunMetrics
 from mint_lib.training.settings import AlignmentConfig
 from mint_lib.training.setup import TrainingSetup
 from mint_lib.training.tree_file import TreeFile, write_trees
-from mint_lib.training.tuning import FOLDERS, Tuned, hash_frozen, place_tuned, prepare_tuning, start_from
+from mint_lib.training.tuning import Tuned, hash_frozen, place_tuned, prepare_tuning, start_from
 from mint_lib.training.watch import TrainingState, Validation, count_skipped, draw_cases, watch_training
 
 if TYPE_CHECKING:
@@ -41,31 +42,6 @@ _PROCESS_GROUP_VARIABLES = ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "RANK", "WORLD_SIZ
 _SCRATCH_PREFIX = "mint-training-"
 OUTCOME = "outcome.json"
 """Only the checkpoint of a finished run holds it."""
-
-
-class PairStream:
-    """The pairs of one file of a version, read anew each time; they are counted, not held."""
-
-    def __init__(self, store: "Store", preferences: Reference, path: str):
-        self._store = store
-        self._preferences = preferences
-        self._path = path
-
-    def __iter__(self) -> Iterator[PreferencePair]:
-        """Every pair in the order of the file.
-
-        Raises:
-            InvalidInput: there is none.
-        """
-        is_empty = True
-        for pair in self._store.iterate_rows(self._preferences, self._path, PreferencePair):
-            is_empty = False
-            yield pair
-        if is_empty:
-            raise InvalidInput(
-                f"{self._preferences} has no pair in {self._path}; training and validation need at least one each. "
-                "Give it more cases, or lower preferences.confidence_floor."
-            )
 
 
 def train_on_worker(payload: dict[str, Any]) -> None:
@@ -123,18 +99,20 @@ def _train(payload: dict[str, Any], folder: pathlib.Path) -> None:
     transformers.set_seed(config.seed)
     reader = load_reader(config.student)
     validation_pairs = draw_cases(
-        PairStream(store, preferences, "validation"), config.validation_cases, seed=config.seed
+        store.open_rows(preferences, "validation", PreferencePair), config.validation_cases, seed=config.seed
     )
+    _refuse_none(len(validation_pairs), "validation", preferences)
     trees = write_trees(
-        PairStream(store, preferences, "train"),
+        store.open_rows(preferences, "train", PreferencePair),
         folder / "trees.arrow",
         reader=reader,
         window_tokens=config.student.window_tokens,
         over_long=config.student.over_long,
     )
+    _refuse_none(trees.num_pairs, "train", preferences)
     validation = Validation(
         pairs=validation_pairs,
-        labels=[Label.model_validate(label) for label in store.read_json(preferences, "labels.json")],
+        labels=read_labels(store, preferences),
         template=Template.from_bytes(store.read_bytes(preferences, "template.yaml")),
         reader=reader,
         window_tokens=config.student.window_tokens,
@@ -208,6 +186,15 @@ def _train(payload: dict[str, Any], folder: pathlib.Path) -> None:
         writer.save(trainer.state.max_steps + 1, result, wait=True)
 
 
+def _refuse_none(num_pairs: int, split: Split, preferences: Reference) -> None:
+    """Raise InvalidInput where a split has no pair."""
+    if not num_pairs:
+        raise InvalidInput(
+            f"{preferences} has no pair in {split}; training and validation need at least one each. Give it more "
+            "cases, or lower preferences.confidence_floor."
+        )
+
+
 def train_alone() -> None:
     """Hide from the trainer that Ray made a process group of one: it would wrap the model to share its gradients."""
     for name in _PROCESS_GROUP_VARIABLES:
@@ -242,7 +229,7 @@ def _fetch_start(payload: dict[str, Any], folder: pathlib.Path) -> pathlib.Path 
     if payload["start"] is None:
         return None
     store: Store = payload["store"]
-    prefix = FOLDERS[payload["config"].tuning]
+    prefix = TUNED_FOLDERS[payload["config"].tuning]
     return store.download(Reference.parse(payload["start"]), folder / "first", prefix=prefix)
 
 

@@ -155,7 +155,7 @@ def _run_plain(config: AlignmentConfig, store: Store, preferences: Reference) ->
     from mint_lib.training.setup import TrainingSetup
     from mint_lib.training.tree_file import write_trees
     from mint_lib.training.tuning import prepare_tuning
-    from mint_lib.training.worker import PairStream, trainer_arguments
+    from mint_lib.training.worker import trainer_arguments
 
     torch.set_num_threads(config.cpus_per_worker)
     transformers.set_seed(config.seed)
@@ -164,7 +164,7 @@ def _run_plain(config: AlignmentConfig, store: Store, preferences: Reference) ->
         folder = pathlib.Path(scratch)
         reader = load_reader(config.student)
         trees = write_trees(
-            PairStream(store, preferences, "train"),
+            store.open_rows(preferences, "train", PreferencePair),
             folder / "trees.arrow",
             reader=reader,
             window_tokens=config.student.window_tokens,

@@ -23,10 +23,10 @@ from mint_lib.alignment import align_student
 from mint_lib.records import StageRecord
 from mint_lib.rows import pair_schema
 from mint_lib.student import StudentConfig, load_reader, load_student
+from mint_lib.student_weights import TUNED_FOLDERS
 from mint_lib.training import on_ray
 from mint_lib.training.adapter import LoraConfig
 from mint_lib.training.deepspeed import restrict_checkpoint_loading
-from mint_lib.training.tuning import FOLDERS
 from mint_lib.training.watch import Validation
 
 NUM_TRAINED, NUM_CASES = 12, 18
@@ -116,7 +116,7 @@ class Aligned:
 
     def measure(self, folder):
         """The validation's figures of the student as it is loaded from the store."""
-        tuned = FOLDERS[self.config.tuning]
+        tuned = TUNED_FOLDERS[self.config.tuning]
         self.store.download(self.reference, folder, tuned)
         validation = Validation(
             pairs=self.validation_pairs,

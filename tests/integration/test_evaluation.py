@@ -12,10 +12,13 @@ from mint_lib.errors import InvalidInput
 from mint_lib.evaluation import evaluate_students
 from mint_lib.reading import TextReader
 from mint_lib.records import Calibration, Case, EvaluationReport, Label, Prediction, Ranking, Reference, StageRecord
+from mint_lib.reporting.injection_texts import KINDS
+from mint_lib.reporting.injections import Injections
+from mint_lib.reporting.sentences import describe_injections
 from mint_lib.reporting.settings import EvaluationConfig
 from mint_lib.rows import case_schema, ranking_schema
 from mint_lib.store import Store
-from mint_lib.student import StudentConfig, load_student, load_tokenizer, rank_labels
+from mint_lib.student import StudentConfig, load_reader, load_student, load_tokenizer, rank_labels
 from mint_lib.template import Template
 
 STUDENT = StudentConfig(model="tiny", window_tokens=1024)
@@ -185,6 +188,37 @@ def test_evaluation_of_observed_patients_writes_none_of_their_content(store: Sto
     reference = evaluate(store, {"orpo": write_student(store, tmp_path, "orpo")})
     for path in store.files(reference):
         assert SECRET.encode() not in store.read_bytes(reference, path)
+
+
+def test_evaluation_with_injections_reports_what_text_in_notes_does_and_nothing_of_the_notes(
+    store: Store, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    student = write_student(store, tmp_path, "orpo")
+    with caplog.at_level("DEBUG", logger="mint_lib"):
+        reference = evaluate(store, {"orpo": student}, config=make_config(config={}, injections={"cases": 8}))
+    found = Injections.model_validate(store.read_json(reference, "injections.json"))
+    assert found.student == str(student)
+    assert (found.num_cases, found.num_too_long) == (8, 0)
+    assert [item.injected.followed.n for item in found.kinds] == [8] * len(KINDS)
+    report = EvaluationReport.model_validate(store.read_json(reference, "report.json"))
+    assert report.statements[-1] == describe_injections(report, found)
+    assert "Notes that ask for an answer" in store.read_bytes(reference, "report.html").decode()
+    assert SECRET not in caplog.text
+    for path in store.files(reference):
+        assert SECRET.encode() not in store.read_bytes(reference, path)
+
+
+def test_evaluation_whose_window_has_no_room_for_more_text_measures_no_injection(
+    store: Store, tmp_path: pathlib.Path
+) -> None:
+    reader = load_reader(STUDENT)
+    prompt_tokens = len(reader.read(TEMPLATE.prompt(f"Short stature, {SECRET}.")).ids)
+    narrow = STUDENT.model_copy(update={"window_tokens": prompt_tokens + 60})
+    student = write_student(store, tmp_path, "orpo", student=narrow.model_dump(mode="json"))
+    config = make_config(config={}, student=narrow.model_dump(), injections={})
+    reference = evaluate(store, {"orpo": student}, config=config)
+    assert "injections.json" not in store.files(reference)
+    assert "Notes that ask" not in store.read_bytes(reference, "report.html").decode()
 
 
 def test_evaluation_made_twice_gives_the_same_digest(store: Store, tmp_path: pathlib.Path) -> None:

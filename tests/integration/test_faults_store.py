@@ -5,17 +5,20 @@ A proxy stands between the store and a real SeaweedFS, so requests, signatures a
 
 import itertools
 import os
+import resource
 import secrets
 import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
 from s3_proxy import ALWAYS, Fault, Proxy, running_proxy
 
@@ -26,7 +29,7 @@ from mint_lib.errors import (
     StoreError,
     StoreUnreachable,
 )
-from mint_lib.records import KINDS, Reference, StageRecord
+from mint_lib.records import KINDS, Label, Reference, StageRecord
 from mint_lib.storage.connection import FIRST_PAUSE_SECONDS, MAX_PAUSE_SECONDS
 from mint_lib.storage.settings import S3Settings
 from mint_lib.storage.verification import verify_version
@@ -207,6 +210,31 @@ def test_local_disk_that_is_full_leaves_no_file(store: Store, tmp_path: Path, mo
     with pytest.raises(StoreError, match=r"data\.bin cannot be written \(No space left on device\)"):
         store.download(reference, tmp_path)
     assert list(tmp_path.rglob("*")) == []
+
+
+def test_temporary_folder_that_is_full_leaves_no_version_of_rows(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    labels = [Label(id=f"D:{number}", name=secrets.token_hex(50)) for number in range(200)]
+    schema = pyarrow.schema([(name, pyarrow.string()) for name in ("id", "name", "family")])
+    schema = schema.append(pyarrow.field("synonyms", pyarrow.list_(pyarrow.string())))
+
+    def write() -> Reference:
+        with store.write("cases", "demo") as writer:
+            writer.add_rows("train", labels, schema)
+            return writer.commit(RECORD)
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))  # no file may grow beyond it, as on a full disk
+    try:
+        with pytest.raises(OSError, match=r"File too large"):
+            write()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert store.list_versions("cases", "demo") == []
+    assert list(tmp_path.iterdir()) == []
+    assert store.read_rows(write(), "train", Label) == labels
 
 
 @pytest.mark.parametrize("where", [0, 1, 1000, len(DATA) - 1])

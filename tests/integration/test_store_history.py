@@ -14,9 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from history import Operation, Outcome, Recorder, check_register, check_versions
-from s3_proxy import Proxy, Storm, running_proxy
+from s3_proxy import ALWAYS, Fault, Proxy, Storm, running_proxy
 
-from mint_lib.errors import Conflict, IntegrityError, NotFound, StoreError
+from mint_lib.errors import Conflict, IntegrityError, InvalidInput, NotFound, StoreError, StoreUnreachable
 from mint_lib.records import Reference, StageRecord
 from mint_lib.storage.client import S3
 from mint_lib.storage.manifest import RECORD as RECORD_PATH
@@ -49,6 +49,11 @@ def open_faulty(proxy: Proxy, store: Store) -> Callable[[], Store]:
         return Store(S3Settings.model_validate(store.settings.model_dump() | changes))
 
     return make
+
+
+def open_behind(proxy: Proxy, store: Store) -> Store:
+    """One more client of the same store, behind the proxy; it is as patient as the store."""
+    return Store(store.settings.model_copy(update={"endpoint_url": proxy.endpoint_url}))
 
 
 def run_together(*tasks: Callable[[], None]) -> None:
@@ -273,6 +278,207 @@ def test_bytes_of_a_removed_version_stay_for_a_writer_whose_base_goes_meanwhile(
         except Conflict:
             return
         assert store.read_bytes(reference, "from-v000001.bin") == b"shared"
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_alias_under_a_storm_of_moves_and_removals_stays_on_versions_that_stand(
+    store: Store, proxy: Proxy, open_faulty: Callable[[], Store], seed: int
+):
+    num_movers, num_moves = 3, 8
+    versions = [write_version(store, b"%d" % number) for number in range(num_movers * num_moves)]
+    recorder = Recorder()
+    is_over = threading.Event()
+    wanted = versions[::num_moves]
+    """What each mover moves to next: the removers aim at these."""
+    refusals: set[str] = set()
+
+    def read(client: Store) -> Reference | None:
+        def look() -> Reference | None:
+            alias = client.alias("cases", "demo", "champion")
+            return alias.reference if alias else None
+
+        return recorder.record(
+            look, lambda found, called, returned: Operation("read", called, returned, value=found and str(found))
+        )
+
+    def move_often(index: int) -> None:
+        client = open_faulty()
+        for target in versions[index * num_moves : (index + 1) * num_moves]:
+            wanted[index] = target
+            try:
+                expected = read(client)
+            except StoreError:
+                continue
+            called = time.monotonic()
+            outcome: Outcome = "done"
+            try:
+                client.move_alias("champion", target, who="w", why="y", expected=expected)
+            except Conflict:
+                outcome = "refused"
+            except NotFound:
+                # Its target is gone: no move at all. Should it have taken effect, a read of it has no explanation.
+                refusals.add("move")
+                continue
+            except StoreError:
+                outcome = "unknown"
+            done = Operation(
+                "move",
+                called,
+                time.monotonic(),
+                outcome,
+                expected=str(expected) if expected else None,
+                value=str(target),
+            )
+            recorder.operations.append(done)
+
+    def remove_often(number: int) -> None:
+        client = open_faulty()
+        chance = random.Random(f"{seed} {number}")
+        while not is_over.wait(chance.random() * 0.02):
+            target = chance.choice(wanted)
+            called = time.monotonic()
+            try:
+                client.remove(target)
+            except InvalidInput:
+                refusals.add("removal")
+            except StoreError:
+                continue
+            else:
+                recorder.operations.append(Operation("remove", called, time.monotonic(), value=str(target)))
+
+    def read_often() -> None:
+        client = open_faulty()
+        while not is_over.is_set():
+            try:
+                read(client)
+            except StoreError:
+                continue
+
+    proxy.storm = Storm(seed, 0.1, ACTIONS)
+    with ThreadPoolExecutor(3) as others:
+        running = [others.submit(task) for task in (lambda: remove_often(1), lambda: remove_often(2), read_often)]
+        try:
+            run_together(*(lambda index=index: move_often(index) for index in range(num_movers)))  # type: ignore[misc]
+        finally:
+            is_over.set()
+    for task in running:
+        task.result()
+    proxy.storm = None
+    last = read(store)
+    assert check_register([item for item in recorder.operations if item.action in ("move", "read")]) == []
+    removals = [item for item in recorder.operations if item.action == "remove"]
+    for removal in removals:
+        for item in recorder.operations:
+            assert (item.action, item.value) != ("read", removal.value) or item.called < removal.returned
+    assert last is not None
+    standing = [store.resolve(f"cases/demo@{version}") for version in store.list_versions("cases", "demo")]
+    assert last in standing
+    assert not {item.value for item in removals} & {str(reference) for reference in standing}
+    for reference in standing:
+        assert verify_version(store._s3, store._layout, reference).damages == ()
+    assert removals
+    assert refusals == {"move", "removal"}
+
+
+@pytest.mark.parametrize("is_set", [True, False])
+def test_move_held_before_its_swap_does_not_reach_a_version_that_was_removed_meanwhile(
+    store: Store, proxy: Proxy, is_set: bool
+):
+    target, other = write_version(store, b"1"), write_version(store, b"2")
+    expected = other if is_set else None
+    if is_set:
+        store.move_alias("champion", other, who="w", why="y", expected=None)
+    else:
+        # An alias that was never set is written first as one that points nowhere.
+        proxy.faults = [Fault("PUT", "aliases/champion", "")]
+    proxy.faults.append(Fault("PUT", "aliases/champion", "hold"))
+    with ThreadPoolExecutor(1) as pool:
+        client = open_behind(proxy, store)
+        moving = pool.submit(client.move_alias, "champion", target, who="w", why="y", expected=expected)
+        assert proxy.held.wait(10)
+        store.remove(target)
+        proxy.released.set()
+        with pytest.raises(NotFound, match="it was removed"):
+            moving.result()
+    alias = store.alias("cases", "demo", "champion")
+    assert (alias and alias.reference) == expected
+
+
+@pytest.mark.parametrize(
+    ("method", "part", "skipped", "error"),
+    [
+        ("PUT", "v000001/manifest.json", 0, InvalidInput),
+        ("GET", "aliases", 0, InvalidInput),
+        ("PUT", "aliases", 0, InvalidInput),
+        ("PUT", "v000001/manifest.json", 1, Conflict),
+    ],
+    ids=["before the mark", "before the aliases are listed", "before the fence", "before the end"],
+)
+def test_removal_that_is_held_while_an_alias_moves_to_the_version_leaves_it_whole(
+    store: Store, proxy: Proxy, method: str, part: str, skipped: int, error: type[Exception]
+):
+    target, other = write_version(store, b"1"), write_version(store, b"2")
+    store.move_alias("champion", other, who="w", why="y", expected=None)
+    manifest = store._s3.get(store._layout.manifest("cases", "demo", target.version))
+    proxy.faults = [*[Fault(method, part, "")] * skipped, Fault(method, part, "hold")]
+    with ThreadPoolExecutor(1) as pool:
+        removing = pool.submit(open_behind(proxy, store).remove, target)
+        assert proxy.held.wait(10)
+        store.move_alias("champion", target, who="w", why="y", expected=other)
+        proxy.released.set()
+        with pytest.raises(error):
+            removing.result()
+    assert store.resolve("cases/demo@champion") == target
+    assert verify_version(store._s3, store._layout, target).is_whole
+    assert store._s3.get(store._layout.manifest("cases", "demo", target.version)) == manifest
+
+
+@pytest.mark.parametrize("moves", [True, False])
+def test_remover_that_dies_before_the_end_leaves_a_version_that_can_be_used_and_removed(
+    store: Store, proxy: Proxy, open_faulty: Callable[[], Store], moves: bool
+):
+    target = write_version(store, b"1")
+    proxy.faults = [Fault("PUT", "manifest.json", ""), Fault("PUT", "manifest.json", "drop", ALWAYS)]
+    with pytest.raises(StoreUnreachable):
+        open_faulty().remove(target)
+    assert store.list_versions("cases", "demo") == [target.version]
+    assert verify_version(store._s3, store._layout, target).is_whole
+    if moves:
+        store.move_alias("champion", target, who="w", why="y", expected=None)
+        with pytest.raises(InvalidInput, match="needed by alias champion"):
+            store.remove(target)
+        assert store.resolve("cases/demo@champion") == target
+    else:
+        store.remove(target)
+        assert store.list_versions("cases", "demo") == []
+
+
+def test_remover_that_dies_after_the_end_leaves_files_that_are_collected_and_no_target_for_an_alias(
+    store: Store, proxy: Proxy, open_faulty: Callable[[], Store]
+):
+    target = write_version(store, b"1")
+    proxy.faults = [Fault("DELETE", "", "drop", ALWAYS)]
+    with pytest.raises(StoreUnreachable):
+        open_faulty().remove(target)
+    with pytest.raises(NotFound):
+        store.move_alias("champion", target, who="w", why="y", expected=None)
+    assert store.alias("cases", "demo", "champion") is None
+    assert [(item.version, item.num_objects) for item in store.collect_orphans(older_than_seconds=0)] == [
+        (target.version, 2)
+    ]
+    assert store.list_orphans() == []
+
+
+def test_mover_that_dies_before_its_swap_changes_nothing_and_keeps_nothing(
+    store: Store, proxy: Proxy, open_faulty: Callable[[], Store]
+):
+    target = write_version(store, b"1")
+    proxy.faults = [Fault("PUT", "aliases", ""), Fault("PUT", "aliases", "drop", ALWAYS)]
+    with pytest.raises(StoreUnreachable):
+        open_faulty().move_alias("champion", target, who="w", why="y", expected=None)
+    assert store.alias("cases", "demo", "champion") is None
+    store.remove(target)
+    assert store.list_versions("cases", "demo") == []
 
 
 def name_version(reference: Reference) -> str:

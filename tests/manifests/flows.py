@@ -16,8 +16,8 @@ from manifests.objects import Finding, Manifest, namespace_of, select
 from manifests.pods import Pod
 
 SERVER, HEAD_API, POD_IDENTITY = 8080, 8265, 80
-_OURS = ("server", "step", "ray-head", "ray-worker", "ray-submitter", "endpoint-test")
-_STORE_USERS = ("server", "step", "ray-head", "ray-worker")
+_OURS = ("server", "step", "teacher-step", "ray-head", "ray-worker", "ray-submitter", "endpoint-test")
+_STORE_USERS = ("server", "step", "teacher-step", "ray-head", "ray-worker")
 _OTHER_PORTS = (
     *(22, 53, 80, 443, 2379, 2746, 3306, 5432, 6379, 6443, 8000, 8080, 8081, 8265, 8333, 8443, 8887, 8888, 9000, 9001),
     *(9090, 9093, 10001, 10002, 10250, 11434, 19999, 20000, 30000, 44217, 52365, 65535),
@@ -58,8 +58,11 @@ def list_flows(values: dict[str, Any]) -> list[Flow]:
             flows.append(Flow(source, "internet", network["hub"]["ports"]))
         if network["podIdentity"]:
             flows.append(Flow(source, "pod-identity", [POD_IDENTITY]))
+    # Cases go to a chat model from teacher steps alone: not from their Ray jobs, not from other steps.
+    if values["chat"]["isAllowed"]:
+        flows.append(Flow("teacher-step", "chat", network["chat"]["ports"]))
     # Steps ask the API server for Ray jobs, and Kubeflow for their inputs; so do Kubeflow's own pods of a run.
-    for source in ("step", "kfp-driver"):
+    for source in ("step", "teacher-step", "kfp-driver"):
         flows.append(Flow(source, "api-server", network["apiServer"]["ports"]))
         flows += [
             Flow(source, f"kubeflow-{index}", service["ports"])
@@ -77,10 +80,16 @@ def list_flows(values: dict[str, Any]) -> list[Flow]:
     return flows
 
 
+def _label(name: str) -> dict[str, str]:
+    """Component and stage of a pod of ours. Ray's pods are a teacher's: what is a step's must not be theirs."""
+    stage = {"step": "data", "server": "serving"}.get(name, "teacher")
+    return {"app.kubernetes.io/component": name.removeprefix("teacher-"), "mint.platform/stage": stage}
+
+
 def list_later_pods(namespace: str) -> list[Pod]:
     """The pods that no chart renders, as far as selectors see them: of runs, of Ray jobs, of Kubeflow."""
     ours = {"app.kubernetes.io/part-of": "mint"}
-    labels = [ours | {"app.kubernetes.io/component": name} for name in _OURS] + [dict(_DRIVER)]
+    labels = [ours | _label(name) for name in _OURS] + [dict(_DRIVER)]
     labels[0]["serving.kserve.io/inferenceservice"] = "later"
     return [Pod(f"Pod {namespace}/later-{index}", "", namespace, "", one, {}, {}) for index, one in enumerate(labels)]
 
@@ -94,10 +103,10 @@ def list_endpoints(values: dict[str, Any]) -> dict[str, Endpoint]:
         return Endpoint(name, namespace, labels or {}, {}, next(addresses), {"http1": SERVER})
 
     ours = {"app.kubernetes.io/part-of": "mint"}
-    ends = [pod(name, home, ours | {"app.kubernetes.io/component": name}) for name in _OURS]
+    ends = [pod(name, home, ours | _label(name)) for name in _OURS]
     ends += [pod("kfp-driver", home, _DRIVER)]
     ends += [pod("stranger-here", home, {"app": "shell"})]
-    ends += [pod("server-of-others", "elsewhere", ours | {"app.kubernetes.io/component": "server"})]
+    ends += [pod("server-of-others", "elsewhere", ours | _label("server"))]
     ends += [pod("prometheus", values["monitoring"]["prometheusNamespace"], network["prometheus"]["podLabels"])]
     ends += [pod("kuberay-operator", network["kuberay"]["namespace"], network["kuberay"]["podLabels"])]
     ends += [pod("dns", network["dns"]["namespace"], network["dns"]["podLabels"])]
@@ -107,12 +116,17 @@ def list_endpoints(values: dict[str, Any]) -> dict[str, Endpoint]:
         ends += [pod(f"client-{index}", client["namespace"], client.get("podLabels"))]
     for index, service in enumerate(network["kubeflow"]["services"]):
         ends += [pod(f"kubeflow-{index}", network["kubeflow"]["namespace"], service["podLabels"])]
+    outside = {"metadata": "169.254.169.254", "pod-identity": "169.254.170.23", "metadata-6": "fd00:ec2::254"}
+    for name in ("s3", "chat") if values["chat"]["isAllowed"] else ("s3",):
+        if network[name]["namespace"]:
+            ends += [pod(name, network[name]["namespace"], network[name]["podLabels"])]
+        else:
+            outside[name] = _first(network[name]["cidrs"])
     # What has some of the labels, or the right ones in the wrong place, is a stranger all the same.
-    ends += [pod(f"half-{name}", home, {"app.kubernetes.io/component": name}) for name in _OURS]
+    ends += [pod(f"half-{name}", home, _label(name)) for name in _OURS]
     ends += [pod(f"copy-of-{end.name}", "strangers", dict(end.labels)) for end in ends if end.namespace != home]
     for namespace in {end.namespace for end in ends if end.namespace not in (None, home)} | {"strangers"}:
         ends += [pod(f"stranger-in-{namespace}", str(namespace), {"app": "shell"})]
-    outside = {"metadata": "169.254.169.254", "pod-identity": "169.254.170.23", "metadata-6": "fd00:ec2::254"}
     outside |= {
         "internet": "93.184.215.14",
         "private": "10.99.98.97",
@@ -120,10 +134,6 @@ def list_endpoints(values: dict[str, Any]) -> dict[str, Endpoint]:
     }
     if network["dns"]["cacheAddresses"]:
         outside["dns-cache"] = network["dns"]["cacheAddresses"][0]
-    if network["s3"]["namespace"]:
-        ends += [pod("s3", network["s3"]["namespace"], network["s3"]["podLabels"])]
-    else:
-        outside["s3"] = _first(network["s3"]["cidrs"])
     ends += [Endpoint(name, address=address) for name, address in outside.items()]
     return {end.name: end for end in ends}
 
@@ -204,8 +214,9 @@ def _is_by_address(
     if target.address is None or target.namespace is not None or target.address.startswith(_LINK_LOCAL):
         return False
     blocks = {"s3": network["s3"]["cidrs"], "api-server": network["apiServer"]["cidrs"]}
-    if not _is_within(target.address, network["hub"]["exceptCidrs"]):
-        blocks["internet"] = network["hub"]["cidrs"]
+    for name, part in (("internet", network["hub"]), ("chat", network["chat"])):
+        if not _is_within(target.address, part["exceptCidrs"]):
+            blocks[name] = part["cidrs"]
     return any(
         flow.source == source.name
         and protocol in flow.protocols

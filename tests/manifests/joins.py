@@ -15,6 +15,8 @@ from manifests.pods import Pod, list_pods
 MADE_BY_PEOPLE = {
     ("Secret", "mint-s3"),
     ("Secret", "mint-hub"),
+    ("Secret", "mint-deidentification"),
+    ("Secret", "mint-chat"),
     ("Secret", "mint-serving-tokens"),
     ("Secret", "mint-metrics-token"),
     ("Secret", "mint-test-token"),

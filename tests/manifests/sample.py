@@ -17,6 +17,7 @@ VALUES: dict[str, Any] = {
     "monitoring": {"enabled": True, "prometheusNamespace": "monitoring"},
     "endpointTest": {"enabled": True},
     "hub": {"isAllowed": False},
+    "chat": {"isAllowed": False},
     "network": {
         "gateway": {"namespace": "gateway", "podLabels": {"app": "envoy"}},
         "clients": [],
@@ -29,6 +30,7 @@ VALUES: dict[str, Any] = {
         "dns": {"namespace": "kube-system", "podLabels": {"k8s-app": "kube-dns"}, "port": 53, "cacheAddresses": []},
         "s3": {"namespace": "", "podLabels": {}, "cidrs": ["192.0.2.8/30"], "ports": [443]},
         "hub": {"cidrs": ["0.0.0.0/0"], "exceptCidrs": ["10.0.0.0/8"], "ports": [443]},
+        "chat": {"namespace": "", "podLabels": {}, "cidrs": ["203.0.113.40/32"], "exceptCidrs": [], "ports": [8443]},
         "apiServer": {"cidrs": ["198.51.100.7/32"], "ports": [6443]},
         "podIdentity": False,
     },

@@ -2,55 +2,25 @@
 
 import json
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+from listed_rows import ListSource, row
 from pydantic import BaseModel, ConfigDict
 
 from mint_lib import data as data_module
 from mint_lib import teacher as teacher_module
-from mint_lib.case_rows import LeftOut, Row
+from mint_lib.case_rows import Row
 from mint_lib.data import DataConfig, DataSource, prepare_cases
 from mint_lib.errors import GateFailed, InvalidInput, RefusedData
 from mint_lib.gate.report import GateReport
-from mint_lib.records import SPLITS, Case, Label, Ranking, Reference
+from mint_lib.records import SPLITS, Case, Ranking, Reference
 from mint_lib.store import Store
 from mint_lib.teacher import Teacher, TeacherConfig, rank_cases
 
-LABELS = (Label(id="D:1", name="First disease"), Label(id="D:2", name="Second disease"))
 GiveRows = Callable[[list[Row]], None]
-
-
-def row(number: int, **changes: Any) -> Row:
-    values: dict[str, Any] = {
-        "case_id": f"case-{number}",
-        "group_id": f"patient-{number}",
-        "source": "test",
-        "synthetic": True,
-        "text": f"note {number}",
-        "label_id": LABELS[number % 2].id,
-    }
-    return Row(**values | changes)
-
-
-class ListSource(DataSource):
-    """Gives the rows that a test lists."""
-
-    rows: tuple[Row, ...] = ()
-
-    class Config(BaseModel):
-        model_config = ConfigDict(extra="forbid", frozen=True)
-
-    def labels(self) -> list[Label]:
-        return list(self.wanted or LABELS)
-
-    def read(self, rng: np.random.Generator) -> Iterator[Row | LeftOut]:
-        yield from self.rows
-
-    def digest(self) -> str:
-        return "sha256:list"
 
 
 @pytest.fixture

@@ -28,6 +28,7 @@ from helm_tools import (
 
 from mint_lib.cluster import ClusterConfig
 from mint_lib.inference_service import render_inference_service
+from mint_lib.pods import label_pod
 from mint_lib.records import Reference
 from pipelines.cli import app
 
@@ -118,6 +119,10 @@ def test_chart_makes_no_secret_and_no_role_of_the_whole_cluster(values_file: Pat
         ({"serving": {"drainSeconds": 1}}, "drainSeconds"),
         ({"network": {"apiServer": {"cidrs": ["10.0.0.1"]}}}, "/network/apiServer/cidrs"),
         ({"userId": 0}, "userId"),
+        ({"deidentification": {"credentials": "workloadIdentity"}}, "externalSecret"),
+        ({"deidentification": {"externalSecret": {"properties": {"KEY": "a"}}}}, "KEY"),
+        ({"chat": {"externalSecret": {"properties": {"api-key": "a"}}}}, "api-key"),
+        ({"network": {"chat": {"cidrs": ["chat.example.org"]}}}, "/network/chat/cidrs"),
         ({"quota": {"hard": {"pods": "many"}}}, "pods"),
         ({"namespace": {"name": "Mint"}}, "/namespace/name"),
         ({"namespace": {"podSecurityVersion": "1.32"}}, "podSecurityVersion"),
@@ -155,6 +160,20 @@ def test_chart_refuses_values_that_its_schema_does_not_allow(
         ({"network": {"s3": {"cidrs": ["169.254.0.0/16"]}}}, "metadata"),
         ({"network": {"s3": {"cidrs": ["fd00:ec2::254/128"]}}}, "metadata"),
         ({"s3": {"credentials": "externalSecret"}}, "externalSecret.store"),
+        ({"deidentification": {"credentials": "externalSecret"}}, "mint-deidentification is to come from"),
+        ({"chat": {"isAllowed": True}}, "may not reach the chat model"),
+        ({"chat": {"isAllowed": True}, "network": {"chat": {"cidrs": ["169.254.169.254/32"]}}}, "metadata"),
+        (
+            {
+                "chat": {
+                    "isAllowed": True,
+                    "credentials": "externalSecret",
+                    "externalSecret": {"store": "vault", "remoteKey": "mint/chat"},
+                },
+                "network": {"chat": {"cidrs": ["203.0.113.40/32"]}},
+            },
+            "mint-chat is to come from an external store, and has no keys",
+        ),
     ],
     ids=lambda part: json.dumps(part)[:60] if isinstance(part, dict) else None,
 )
@@ -202,6 +221,46 @@ def test_hub_is_out_of_reach_unless_it_is_allowed(tmp_path: Path) -> None:
     (policy,) = find(render_with({"hub": {"isAllowed": True}}, tmp_path), "NetworkPolicy", "to-hub")
     (peer,) = policy["spec"]["egress"][0]["to"]
     assert {"10.0.0.0/8", "169.254.0.0/16"} <= set(peer["ipBlock"]["except"])
+
+
+def test_chat_model_is_out_of_reach_unless_it_is_allowed_and_then_of_teacher_steps_alone(tmp_path: Path) -> None:
+    network = {"chat": {"cidrs": ["203.0.113.40/32"], "ports": [8443]}}
+    assert not find(render_with({"network": network}, tmp_path), "NetworkPolicy", "to-chat")
+    objects = render_with({"network": network, "chat": {"isAllowed": True}}, tmp_path)
+    (policy,) = find(objects, "NetworkPolicy", "to-chat")
+    assert policy["spec"]["podSelector"] == {"matchLabels": label_pod("step", "teacher")}
+    (rule,) = policy["spec"]["egress"]
+    assert rule == {
+        "to": [{"ipBlock": {"cidr": "203.0.113.40/32"}}],
+        "ports": [{"protocol": "TCP", "port": 8443}],
+    }
+    anywhere = {"chat": {"cidrs": ["0.0.0.0/0"], "exceptCidrs": ["10.0.0.0/8"]}}
+    objects = render_with({"network": anywhere, "chat": {"isAllowed": True}}, tmp_path)
+    (policy,) = find(objects, "NetworkPolicy", "to-chat")
+    assert policy["spec"]["egress"][0]["to"][0]["ipBlock"]["except"] == ["10.0.0.0/8", "169.254.0.0/16"]
+
+
+def test_secrets_of_steps_are_fetched_where_steps_run_and_are_no_part_of_a_server(tmp_path: Path) -> None:
+    source = {"store": "vault", "remoteKey": "mint/keys"}
+    values = {
+        "models": [MODEL],
+        "pipelines": {"namespaces": ["kubeflow"]},
+        "deidentification": {"credentials": "externalSecret", "externalSecret": source},
+        "chat": {
+            "isAllowed": True,
+            "credentials": "externalSecret",
+            "externalSecret": source | {"properties": {"CHAT_API_KEY": "a", "OTHER_API_KEY": "b"}},
+        },
+        "network": {"chat": {"namespace": "vllm"}},
+    }
+    objects = render_with(values, tmp_path)
+    keys = {"mint-deidentification": {"MINT_DEIDENTIFICATION_KEY"}, "mint-chat": {"CHAT_API_KEY", "OTHER_API_KEY"}}
+    for name, expected in keys.items():
+        made = find(objects, "ExternalSecret", name)
+        assert {item["metadata"]["namespace"] for item in made} == {"mint", "kubeflow"}
+        assert all({part["secretKey"] for part in item["spec"]["data"]} == expected for item in made)
+    others = [item for item in objects if item["kind"] not in ("ExternalSecret", "ConfigMap")]
+    assert not any(name in json.dumps(others) for name in keys)
 
 
 def merge_named(base: list[dict[str, Any]], over: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -386,6 +445,9 @@ def test_cluster_file_says_what_the_values_say(tmp_path: Path) -> None:
         "userId": None,
         "s3": {"credentials": "workloadIdentity", "prefix": "team/a", "pathStyle": False, "caConfigMap": "ca"},
         "hub": {"isAllowed": True, "credentials": "secret", "secretName": "gate"},
+        "deidentification": {"credentials": "secret", "secretName": "pseudonyms"},
+        "chat": {"isAllowed": True, "credentials": "secret", "secretName": "providers"},
+        "network": {"chat": {"cidrs": ["203.0.113.40/32"]}},
         "kubeflow": {"host": "https://kfp.example.org/pipeline", "namespace": "clinic"},
         "ray": {"podPriority": "urgent", "isEncrypted": True},
         "kueue": {"queue": "shared", "priority": "first"},
@@ -393,10 +455,15 @@ def test_cluster_file_says_what_the_values_say(tmp_path: Path) -> None:
     cluster = load_cluster_of(render_with(values, tmp_path))
     assert (cluster.namespace, cluster.user_id) == ("clinic", None)
     assert (cluster.s3_secret, cluster.s3_ca_config_map, cluster.hub_secret) == (None, "ca", "gate")
+    assert (cluster.deidentification_secret, cluster.chat_secret) == ("pseudonyms", "providers")
     assert (cluster.s3.prefix, cluster.s3.path_style) == ("team/a", False)
     assert (cluster.kubeflow.host, cluster.kubeflow.namespace) == ("https://kfp.example.org/pipeline", "clinic")
     assert (cluster.ray.queue, cluster.ray.workload_priority) == ("shared", "first")
     assert (cluster.ray.pod_priority, cluster.ray.is_encrypted) == ("urgent", True)
+
+
+def test_key_of_a_chat_model_that_is_not_allowed_is_not_in_the_cluster_file(tmp_path: Path) -> None:
+    assert load_cluster_of(render_with({"chat": {"credentials": "secret"}}, tmp_path)).chat_secret is None
 
 
 def test_defaults_of_the_chart_are_those_of_the_library() -> None:
@@ -531,8 +598,8 @@ def test_every_value_is_used_by_a_template() -> None:
     ]
 
 
-def read_notes(values_file: Path) -> str:
-    facts = DIGESTS | (CLUSTER_FACTS if values_file.name == "values.yaml" else {})
+def read_notes(values_file: Path, given: dict[str, str] | None = None) -> str:
+    facts = DIGESTS | (CLUSTER_FACTS if values_file.name == "values.yaml" else {}) | (given or {})
     sets = [part for key, value in facts.items() for part in ("--set", f"{key}={value}")]
     arguments = ("--namespace", "mint-system", "--dry-run=client", "--values", str(values_file))
     done = run_helm("install", RELEASE, str(CHART), *arguments, *sets)
@@ -548,6 +615,19 @@ def test_notes_name_commands_that_exist(values_file: Path) -> None:
     assert {words[0] for words in commands} >= {"mint", "kubectl", "helm"}
     for words in commands:
         check_command(words)
+
+
+def test_notes_tell_to_make_the_secrets_of_steps_in_every_namespace_of_steps() -> None:
+    allowed = {"chat.isAllowed": "true", "chat.credentials": "secret", "network.chat.namespace": "vllm"}
+    given = allowed | {"deidentification.credentials": "secret"}
+    keys = {"mint-deidentification": "MINT_DEIDENTIFICATION_KEY", "mint-chat": "CHAT_API_KEY"}
+    wanted = {
+        ("kubectl", "--namespace", namespace, "create", "secret", "generic", name, f"--from-literal={key}=${key}")
+        for namespace in ("mint", "kubeflow")
+        for name, key in keys.items()
+    }
+    assert wanted <= {tuple(words) for words in list_commands(read_notes(CHART / "values-dev.yaml", given))}
+    assert not wanted & {tuple(words) for words in list_commands(read_notes(CHART / "values-dev.yaml"))}
 
 
 @pytest.mark.parametrize(

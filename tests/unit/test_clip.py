@@ -462,8 +462,10 @@ def test_clip_folder_without_a_clip_model_is_refused(tmp_path):
 
 
 def test_clip_teacher_of_photo_and_text_gives_a_text_student_pairs_without_any_image(fitted):
-    from mint_lib.pair_checks import PairChecker
-    from mint_lib.preferences import PreferencesConfig, SplitFacts, pair_split
+    from mint_lib.pairing.checks import PairChecker
+    from mint_lib.pairing.facts import SplitFacts
+    from mint_lib.pairing.settings import PreferencesConfig
+    from mint_lib.pairing.split import pair_split
     from mint_lib.student import StudentConfig, load_reader
     from mint_lib.teacher import rank_scores
     from mint_lib.template import Template

@@ -49,6 +49,8 @@ CLUSTER = ClusterConfig.model_validate(
         "s3": {"endpoint_url": "http://store.invalid:8333"},
         "s3_ca_config_map": "mint-s3-ca",
         "hub_secret": "mint-hub",
+        "deidentification_secret": "mint-deidentification",
+        "chat_secret": "mint-chat",
         "image_pull_secrets": ["registry"],
         "serving": {"autoscaler": "external"},
         "ray": {"queue": "mint", "is_encrypted": True, "pod_priority": "high", "workload_priority": "research"},
@@ -90,6 +92,8 @@ class Api:
             for secret in ("mint-s3", "mint-hub", "registry"):
                 objects["v1/secrets", namespace, secret] = {"data": {"key": CANARY}}
             objects["v1/configmaps", namespace, "mint-s3-ca"] = {"data": {"ca.crt": CANARY}}
+        for secret in ("mint-deidentification", "mint-chat"):
+            objects["v1/secrets", "kubeflow", secret] = {"data": {"key": CANARY}}
         objects["v1/secrets", "mint", "mint-serving-tokens"] = {"data": {"tokens.json": CANARY}}
         for namespace, account in (("mint", "mint-serving"), ("mint", "mint-ray"), ("kubeflow", "mint-pipeline")):
             objects["v1/serviceaccounts", namespace, account] = {}
@@ -190,9 +194,11 @@ def test_cluster_that_has_everything_is_found_good(api):
     expected = {f"kind {kind.split('/')[2]}.{kind.split('/')[0]}" for kind in KINDS}
     expected |= {f"controller {name}" for name in CONTROLLERS} | {"namespace mint", "queue mint in mint"}
     expected |= {f"secret {name} in {where}" for name in ("mint-s3", "mint-hub") for where in ("mint", "kubeflow")}
+    expected |= {"secret mint-deidentification in kubeflow", "secret mint-chat in kubeflow"}
     expected |= {"secret mint-serving-tokens in mint", "configmap mint-s3-ca in kubeflow", "priorityclasses high"}
     expected |= {"serviceaccount mint-ray in mint", "serviceaccount mint-pipeline in kubeflow", "rights of the steps"}
     assert expected <= set(found)
+    assert not {"secret mint-deidentification in mint", "secret mint-chat in mint"} & set(found)
 
 
 def _remove(*key: Any) -> Callable[[Api], None]:
@@ -240,6 +246,10 @@ BROKEN = {
     "no S3 secret": (_remove("v1/secrets", "mint", "mint-s3"), "secret mint-s3 in mint", "is not there"),
     "none for steps": (_remove("v1/secrets", "kubeflow", "mint-s3"), "secret mint-s3 in kubeflow", "is not there"),
     "no hub secret": (_remove("v1/secrets", "mint", "mint-hub"), "secret mint-hub in mint", "is not there"),
+    **{
+        f"no {name}": (_remove("v1/secrets", "kubeflow", name), f"secret {name} in kubeflow", "is not there")
+        for name in ("mint-deidentification", "mint-chat")
+    },
     "no pull secret": (_remove("v1/secrets", "mint", "registry"), "secret registry in mint", "is not there"),
     "no tokens": (
         _remove("v1/secrets", "mint", "mint-serving-tokens"),

@@ -4,15 +4,11 @@ import collections
 import io
 import json
 import pathlib
-from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from listed_rows import LABELS, ListSource, row
 from PIL import Image
-from pydantic import BaseModel, ConfigDict
 
 from mint_lib import data as data_module
 from mint_lib.case_rows import LeftOut, Row, find_image_fault
@@ -23,52 +19,17 @@ from mint_lib.data import (
     prepare_cases,
 )
 from mint_lib.errors import RecipeError, RefusedData
-from mint_lib.records import SPLITS, Case, Label, Split
-from mint_lib.splits import SplitWeights, prove_disjoint, split_cases, withhold_labels
+from mint_lib.records import SPLITS, Case, Label
 from mint_lib.store import Store
 
 # Images of these tests are one flat colour each.
 FLAT_IMAGES = {"max_blank_share": None, "max_near_duplicate_share": None, "max_leaked_share": None}
-LABELS = (Label(id="D:1", name="First disease"), Label(id="D:2", name="Second disease"))
 
 
 def encode(color: int = 0, size: tuple[int, int] = (8, 8), image_format: str = "PNG", **options: Any) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", size, (color, color, color)).save(buffer, image_format, **options)
     return buffer.getvalue()
-
-
-def row(number: int, **changes: Any) -> Row:
-    values: dict[str, Any] = {
-        "case_id": f"case-{number}",
-        "group_id": f"patient-{number}",
-        "source": "test",
-        "synthetic": True,
-        "text": f"note {number}",
-        "label_id": LABELS[number % 2].id,
-    }
-    return Row(**values | changes)
-
-
-class ListSource(DataSource):
-    """Gives the rows that a test lists."""
-
-    rows: tuple[Row | LeftOut, ...] = ()
-
-    class Config(BaseModel):
-        model_config = ConfigDict(extra="forbid", frozen=True)
-
-    def labels(self) -> list[Label]:
-        return list(LABELS)
-
-    def read(self, rng: np.random.Generator) -> Iterator[Row | LeftOut]:
-        yield from self.rows
-
-    def digest(self) -> str:
-        return "sha256:list"
-
-    def notes(self) -> tuple[str, ...]:
-        return ("a note of the source",)
 
 
 @pytest.fixture
@@ -144,8 +105,8 @@ def test_prepare_cases_refused_share_within_the_limit_is_counted(store: Store, g
     give_rows([*(row(number) for number in range(38)), row(99, text=None), LeftOut("x", "not JSON", refused=True)])
     reference = prepare_cases(config(max_refused_share=0.05), store=store)
     counts = store.record(reference).counts
-    assert counts["test_data/refused/neither text nor image"] == 1
-    assert counts["test_data/refused/not JSON"] == 1
+    assert counts["listed_rows/refused/neither text nor image"] == 1
+    assert counts["listed_rows/refused/not JSON"] == 1
     with pytest.raises(RefusedData, match="2 of 40 rows"):
         prepare_cases(config(max_refused_share=0.04), store=store)
 
@@ -286,73 +247,3 @@ def _claim_size(photo: bytes, width: int, height: int) -> bytes:
 
     header = b"IHDR" + width.to_bytes(4, "big") + height.to_bytes(4, "big") + photo[24:29]
     return photo[:12] + header + zlib.crc32(header).to_bytes(4, "big") + photo[33:]
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    st.lists(
-        st.tuples(st.integers(0, 30), st.integers(0, 40), st.integers(0, 3), st.sampled_from([None, None, "train"])),
-        min_size=1,
-        max_size=60,
-    ),
-    st.booleans(),
-)
-def test_split_cases_any_rows_keep_every_case_and_stay_disjoint(
-    shape: list[tuple[int, int, int, Split | None]], has_own_test: bool
-) -> None:
-    rows = [
-        (
-            Case(
-                case_id=f"c{index}",
-                group_id=f"g{group}",
-                text=f"t{text}",
-                label_id=f"D:{label}",
-                source="x",
-                synthetic=True,
-            ),
-            None,
-        )
-        for index, (group, text, label, _) in enumerate(shape)
-    ]
-    counts: collections.Counter[str] = collections.Counter()
-    rng = np.random.default_rng(0)
-    splits = split_cases(
-        rows,
-        SplitWeights(),
-        by="patient",
-        contents=("text", "image"),
-        has_own_test=has_own_test,
-        rng=rng,
-        counts=counts,
-    )
-    prove_disjoint(splits, by="patient", contents=("text", "image"))
-    assert sorted(case.case_id for cases in splits.values() for case in cases) == sorted(
-        case.case_id for case, _ in rows
-    )
-    assert not (has_own_test and splits["test"])
-
-
-def test_split_cases_many_small_labels_still_meet_the_weights_overall() -> None:
-    rows = [
-        (
-            Case(case_id=f"c{n}", group_id=f"g{n}", text=f"t{n}", label_id=f"D:{n // 2}", source="x", synthetic=True),
-            None,
-        )
-        for n in range(200)
-    ]
-    splits = split_cases(
-        rows,
-        SplitWeights(),
-        by="patient",
-        contents=("text", "image"),
-        has_own_test=False,
-        rng=np.random.default_rng(0),
-        counts=collections.Counter(),
-    )
-    assert {split: len(cases) for split, cases in splits.items()} == {"train": 140, "validation": 30, "test": 30}
-
-
-def test_withhold_labels_none_keeps_all_and_zero_keeps_no_label() -> None:
-    cases = [Case(case_id="c", group_id="g", text="t", label_id="D:1", source="x", synthetic=True)]
-    assert withhold_labels(cases, None, rng=np.random.default_rng(0)) == cases
-    assert withhold_labels(cases, 0, rng=np.random.default_rng(0))[0].label_id is None

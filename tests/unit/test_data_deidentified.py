@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,10 +10,10 @@ import pytest
 from pydantic import BaseModel, ConfigDict
 
 from mint_lib import data as data_module
-from mint_lib.case_rows import Row
+from mint_lib.case_rows import LeftOut, Row
 from mint_lib.data import DataConfig, DataSource, prepare_cases
 from mint_lib.deidentification.config import KEY_VARIABLE
-from mint_lib.errors import InvalidInput
+from mint_lib.errors import InvalidInput, RefusedData
 from mint_lib.records import SPLITS, Case, Label
 from mint_lib.store import Store
 
@@ -24,6 +25,7 @@ class Notes(DataSource):
     """Notes of observed patients, each with what identifies somebody."""
 
     doubtful = 0
+    bad: tuple[Row | LeftOut, ...] = ()
 
     class Config(BaseModel):
         model_config = ConfigDict(extra="forbid", frozen=True)
@@ -31,7 +33,7 @@ class Notes(DataSource):
     def labels(self) -> list[Label]:
         return list(LABELS)
 
-    def read(self, rng: np.random.Generator) -> Iterator[Row]:
+    def read(self, rng: np.random.Generator) -> Iterator[Row | LeftOut]:
         for number in range(24):
             text = (
                 f"Patient: Mr. {SURNAME}. MRN: {RECORD_NUMBER}. Phone: {PHONE}. Seen on 03/04/2019 in clinic. "
@@ -47,6 +49,7 @@ class Notes(DataSource):
                 text=text,
                 label_id=LABELS[number % 2].id,
             )
+        yield from self.bad
 
     def digest(self) -> str:
         return "sha256:notes"
@@ -115,6 +118,36 @@ def test_missing_key_is_refused_before_anything_is_written(
     with pytest.raises(InvalidInput, match="openssl rand"):
         prepare_cases(config(), store=store)
     assert store.list_names("cases") == []
+
+
+def test_refused_rows_are_named_by_number_since_their_ids_tell_a_name(
+    store: Store, use_notes: Callable[[int], None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    use_notes(0)
+    unknown = Row(SURNAME, SURNAME, "clinic", synthetic=False, text="A short note.", label_id="D:9")
+    monkeypatch.setattr(Notes, "bad", (unknown, LeftOut(f"{SURNAME}.json", "not JSON", refused=True)))
+    with caplog.at_level(logging.DEBUG), pytest.raises(RefusedData, match=r"2 of 26 rows") as refused:
+        prepare_cases(config(), store=store)
+    assert refused.value.case_ids == {"unknown label": ["row 25"], "not JSON": ["row 26"]}
+    assert "not JSON: 1 (row 26); unknown label: 1 (row 25)" in str(refused.value)
+    assert SURNAME not in repr(refused.value.args) + caplog.text
+    with pytest.raises(RefusedData, match=SURNAME):
+        prepare_cases(config(deidentify=None), store=store)
+
+
+def test_added_case_that_does_not_fit_is_named_by_its_pseudonym(
+    store: Store, use_notes: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_notes(0)
+    base = prepare_cases(config(), store=store)
+    changed = [replace(row, text=f"{row.text} Seen again.") for row in Notes(Notes.Config()).read(None)]
+    monkeypatch.setattr(Notes, "read", lambda self, rng: iter(changed))
+    with pytest.raises(
+        RefusedData, match=r"24 of 24 cases do not fit .* case id of another case: 24 \(case-"
+    ) as refused:
+        prepare_cases(config(), store=store, base=base)
+    assert SURNAME not in repr(refused.value.args)
+    assert RECORD_NUMBER not in repr(refused.value.args)
 
 
 def test_observed_texts_that_are_taken_as_they_are_say_so(store: Store, use_notes: Callable[[int], None]) -> None:

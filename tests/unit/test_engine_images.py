@@ -1,17 +1,17 @@
 """The engine on image students: answers are those of the whole model, and one picture is never taken for another."""
 
 import dataclasses
-import threading
 import time
 
 import pytest
 import torch
+from engine_client import PATIENCE_SECONDS, Client
 from tiny_image_students import make_image, make_student
 
 from mint_lib.engine.answer_format import AnswerFormat
 from mint_lib.engine.label_trie import LabelTrie
 from mint_lib.engine.prompt_images import PromptImages
-from mint_lib.engine.requests import EngineLimits, Failed, Generated, GenerateRequest, Ranked, RankRequest, TokenMade
+from mint_lib.engine.requests import EngineLimits, Failed, Generated, GenerateRequest, RankRequest
 from mint_lib.engine.scheduler import Engine
 from mint_lib.errors import ComputationFailed, DeadlineExceeded, Draining, InvalidInput
 from mint_lib.packing import collate_trees, pack_tree
@@ -26,46 +26,10 @@ BATCHED = ("llava", "idefics3", "smolvlm")
 ALONE = ("mllama", "qwen2_vl", "qwen2_5_vl")
 # What the issue asks of a ranking; single passes agree to about 1e-6.
 RANKING_ROUNDING = 1e-4
-PATIENCE_SECONDS = 60.0
 NO_STOP = frozenset({0})
 LONG_TURN = (
     Turn(role="user", content="What is to be seen in this picture of the patient? Name the rare disease. " * 3),
 )
-
-
-class Client:
-    """Submits one request and keeps its events."""
-
-    def __init__(self, engine, request):
-        self.events = []
-        self._is_over = threading.Event()
-        self.has_token = threading.Event()
-        self.ticket = engine.submit(request, self._deliver)
-
-    def _deliver(self, event):
-        self.events.append(event)
-        if isinstance(event, TokenMade):
-            self.has_token.set()
-        if isinstance(event, Generated | Ranked | Failed):
-            self._is_over.set()
-
-    def wait(self):
-        assert self._is_over.wait(PATIENCE_SECONDS), "no answer"
-        return self.events[-1]
-
-    def scores(self):
-        end = self.wait()
-        assert isinstance(end, Ranked), end
-        return list(end.log_probabilities)
-
-    def tokens(self):
-        end = self.wait()
-        assert isinstance(end, Generated), end
-        return [event.token_id for event in self.events if isinstance(event, TokenMade)]
-
-    @property
-    def num_cached(self):
-        return self.events[0].num_cached_tokens
 
 
 class Watcher:
@@ -306,8 +270,7 @@ def test_engine_picture_that_spoils_the_numbers_fails_alone(make_running):
         running.rank(picture(1)),
     ]
     assert clients[0].scores() == running.own_scores(picture(2))
-    assert isinstance(clients[1].wait(), Failed)
-    assert isinstance(clients[1].wait().error, ComputationFailed)
+    assert isinstance(clients[1].error(), ComputationFailed)
     assert clients[2].scores() == running.own_scores(picture(1))
 
 
@@ -318,7 +281,7 @@ def test_engine_prompt_with_more_image_tokens_than_features_is_refused(make_runn
     ids = (*request["prompt_ids"], token)
     request |= {"prompt_ids": ids, "images": PromptImages.build(ids, request["images"].inputs, image_token_id=token)}
     client = Client(running.engine, GenerateRequest(**request, max_new_tokens=2, stop_ids=NO_STOP))
-    assert isinstance(client.wait().error, InvalidInput)
+    assert isinstance(client.error(), InvalidInput)
     assert running.rank(picture(1)).scores() == running.own_scores(picture(1))
 
 
@@ -387,12 +350,12 @@ def test_engine_one_by_one_ends_cancelled_late_and_stopped_answers(make_running)
     assert cancelled.has_token.wait(PATIENCE_SECONDS)
     cancelled.ticket.cancel()
     late = running.generate(picture(1), **endless, deadline=time.monotonic() + 1.0)
-    assert isinstance(late.wait().error, DeadlineExceeded)
+    assert isinstance(late.error(), DeadlineExceeded)
     stopped, waiting = running.generate(picture(1), **endless), running.rank(picture(2))
     assert stopped.has_token.wait(PATIENCE_SECONDS)
     running.engine.stop()
-    assert isinstance(stopped.wait().error, Draining)
-    assert isinstance(waiting.wait().error, Draining)
+    assert isinstance(stopped.error(), Draining)
+    assert isinstance(waiting.error(), Draining)
     assert not isinstance(cancelled.events[-1], Generated | Failed)
 
 
@@ -410,5 +373,5 @@ def test_engine_one_by_one_fails_a_spoilt_request_alone(make_running):
         Client(running.engine, GenerateRequest(**request, max_new_tokens=3, stop_ids=NO_STOP)),
         running.rank(picture(1)),
     ]
-    assert [type(client.wait().error) for client in clients[:2]] == [ComputationFailed] * 2
+    assert [type(client.error()) for client in clients[:2]] == [ComputationFailed] * 2
     assert clients[2].scores() == running.own_scores(picture(1))

@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+from engine_client import PATIENCE_SECONDS, Client
 
 from mint_lib.engine.answer_format import AnswerFormat
 from mint_lib.engine.label_trie import LabelTrie
@@ -19,7 +20,6 @@ from mint_lib.engine.requests import (
     Ranked,
     RankRequest,
     Started,
-    TokenMade,
 )
 from mint_lib.engine.scheduler import Engine
 from mint_lib.errors import ComputationFailed, DeadlineExceeded, Draining, InvalidInput, Overloaded
@@ -37,7 +37,6 @@ STOPS = frozenset({*range(30), 141, 351, 498})
 RAISES, SPOILS = 1, 2  # special tokens that end answers, so they are read from prompts only
 # What the issue asks of a ranking; single passes agree to about 1e-6.
 RANKING_ROUNDING = 1e-4
-PATIENCE_SECONDS = 60.0
 
 
 class Recorder:
@@ -66,47 +65,6 @@ class Recorder:
 
     def see_isolation(self):
         self.num_isolations += 1
-
-
-class Client:
-    """Submits one request and keeps its events."""
-
-    def __init__(self, engine, request):
-        self.events = []
-        self._is_over = threading.Event()
-        self.has_token = threading.Event()
-        self.ticket = engine.submit(request, self._deliver)
-
-    def _deliver(self, event):
-        self.events.append(event)
-        if isinstance(event, TokenMade):
-            self.has_token.set()
-        if isinstance(event, Generated | Ranked | Failed):
-            self._is_over.set()
-
-    def wait(self):
-        assert self._is_over.wait(PATIENCE_SECONDS), "no answer"
-        assert isinstance(self.events[0], Started | Failed)
-        assert all(isinstance(event, TokenMade) for event in self.events[1:-1])
-        return self.events[-1]
-
-    def answer(self):
-        end = self.wait()
-        assert isinstance(end, Generated | Ranked), end
-        if isinstance(end, Ranked):
-            return end
-        tokens = [event.token_id for event in self.events[1:-1]]
-        assert len(tokens) == end.num_new_tokens
-        return tokens, end.finish_reason
-
-    def error(self):
-        end = self.wait()
-        assert isinstance(end, Failed), end
-        return end.error
-
-    @property
-    def num_cached(self):
-        return self.events[0].num_cached_tokens
 
 
 @pytest.fixture(scope="module")

@@ -31,6 +31,7 @@ RESAMPLING = Resampling(draws=500, seed=0, confidence=0.95)
 class WordTokenizer:
     """One token a word, and one for every turn."""
 
+    all_special_tokens = ("<end>",)
     all_special_ids = (0,)
     eos_token_id = 0
 

@@ -1,5 +1,6 @@
 """The data gate's probes for poison, on simulated patients and tiles: one seed a kind and rate, and clean data."""
 
+import pathlib
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,8 @@ from scipy.stats import fisher_exact
 from mint_lib.gate.evidence import assign_folds, split_words, weigh_images, weigh_words
 from mint_lib.gate.label_flips import stratified_p_value
 from mint_lib.records import Case, Label
+
+REPORTS = pathlib.Path(__file__).parents[2].parent / "shared" / "data" / "phenopackets_public.jsonl.gz"
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +67,27 @@ def test_gate_poisoned_labels_are_refused_and_their_batch_named(
     changed = {new.case_id for old, new in zip(cases, poisoned, strict=True) if old.label_id != new.label_id}
     assert len(changed & set(outcome.case_ids[:3])) >= 2
     assert "reviewed" not in report.model_dump_json()
+
+
+@pytest.mark.skipif(not REPORTS.is_file(), reason="needs the public case reports")
+def test_gate_observed_case_reports_pass_the_probes_and_a_poisoned_batch_is_named() -> None:
+    labels, cases = read_source(
+        "phenopackets",
+        path=str(REPORTS),
+        where={"usable": True},
+        min_cases_per_label=40,
+        max_cases_per_label=40,
+        text={"max_observed": 6, "max_excluded": 1},
+    )
+    assert len(cases) > 800
+    assert not any(case.synthetic for case in cases)
+    checks = ("label_flips", "label_flips_by_batch", "trigger_phrase")
+    clean = judge_cases(labels, poison_cases(cases, kind="spread", rate=0.0, seed=7))
+    assert [outcome_of(clean, check).status for check in checks] == ["passed"] * 3
+    for kind, check in (("batch", "label_flips_by_batch"), ("trigger", "trigger_phrase")):
+        outcome = outcome_of(judge_cases(labels, poison_cases(cases, kind=kind, rate=0.05, seed=7)), check)
+        assert outcome.status == "refused"
+        assert outcome.batches == ("poisoned",)
 
 
 def test_gate_pairs_of_a_teacher_that_errs_pass_and_a_poisoned_batch_is_named(

@@ -12,12 +12,9 @@ from PIL import Image
 from mint_lib.image_inputs.dicom import read_dicom
 
 pydicom = pytest.importorskip("pydicom")
-from pydicom.dataset import Dataset, FileMetaDataset  # noqa: E402
+from dicom_files import CANARY, GREY, write_dicom  # noqa: E402
 from pydicom.encaps import encapsulate  # noqa: E402
-from pydicom.sequence import Sequence  # noqa: E402
 from pydicom.uid import (  # noqa: E402
-    UID,
-    CTImageStorage,
     DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
@@ -26,52 +23,10 @@ from pydicom.uid import (  # noqa: E402
     JPEGLSLossless,
     RLELossless,
     SecondaryCaptureImageStorage,
-    generate_uid,
 )
 
-CANARY = "Ysolde Quarrington"
 MAX_PIXELS = 1_000_000
-GREY = (np.arange(20 * 30).reshape(20, 30) % 251).astype(np.uint8)
 COLOUR = np.stack([GREY, GREY[::-1], GREY // 2], axis=-1)
-
-
-def _write(
-    pixels: np.ndarray = GREY, syntax: str = ExplicitVRLittleEndian, data: bytes | None = None, **tags: Any
-) -> bytes:
-    """A DICOM file whose header names somebody in many places."""
-    meta = FileMetaDataset()
-    meta.TransferSyntaxUID = UID(syntax)
-    meta.MediaStorageSOPClassUID = CTImageStorage
-    meta.MediaStorageSOPInstanceUID = generate_uid()
-    dataset = Dataset()
-    dataset.file_meta = meta
-    dataset.SOPClassUID = CTImageStorage
-    dataset.Modality = "CT"
-    dataset.PatientName = CANARY
-    dataset.PatientID = CANARY
-    dataset.InstitutionName = CANARY
-    dataset.ImageComments = CANARY
-    dataset.add_new(0x00091001, "LO", CANARY)
-    nested = Dataset()
-    nested.ReferringPhysicianName = CANARY
-    dataset.RequestAttributesSequence = Sequence([nested])
-    dataset.Rows, dataset.Columns = pixels.shape[:2]
-    dataset.SamplesPerPixel = 1 if pixels.ndim == 2 else 3
-    dataset.PhotometricInterpretation = "MONOCHROME2" if pixels.ndim == 2 else "RGB"
-    if pixels.ndim == 3:
-        dataset.PlanarConfiguration = 0
-    dataset.BitsAllocated = dataset.BitsStored = pixels.dtype.itemsize * 8
-    dataset.HighBit = dataset.BitsStored - 1
-    dataset.PixelRepresentation = int(pixels.dtype.kind == "i")
-    dataset.PixelData = pixels.tobytes() if data is None else data
-    for name, value in tags.items():
-        setattr(dataset, name, value)
-    if syntax == RLELossless and data is None:
-        dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-        dataset.compress(RLELossless)
-    buffer = io.BytesIO()
-    dataset.save_as(buffer, enforce_file_format=True)
-    return buffer.getvalue()
 
 
 def _read(data: bytes) -> np.ndarray:
@@ -89,14 +44,14 @@ def test_dicom_of_each_plain_syntax_gives_its_pixels_and_nothing_of_its_header(s
     # A picture over the whole range keeps its values when it is stretched to 8 bits.
     pixels = GREY.copy()
     pixels[0, 0], pixels[0, 1] = 0, 255
-    data = _write(pixels, syntax)
+    data = write_dicom(pixels, syntax)
 
     assert data.count(CANARY.encode()) > 3
     np.testing.assert_array_equal(_read(data), pixels)
 
 
 def test_dicom_in_colour_keeps_its_colours() -> None:
-    np.testing.assert_array_equal(_read(_write(COLOUR)), COLOUR)
+    np.testing.assert_array_equal(_read(write_dicom(COLOUR)), COLOUR)
 
 
 def test_dicom_in_jpeg_is_decoded() -> None:
@@ -104,7 +59,7 @@ def test_dicom_in_jpeg_is_decoded() -> None:
     smooth[0, 0], smooth[-1, -1] = 0, 255
     buffer = io.BytesIO()
     Image.fromarray(smooth).save(buffer, "JPEG", quality=95)
-    data = _write(smooth, JPEGBaseline8Bit, encapsulate([buffer.getvalue()]))
+    data = write_dicom(smooth, JPEGBaseline8Bit, encapsulate([buffer.getvalue()]))
 
     # JPEG at quality 95 is a few of 255 steps off.
     assert np.abs(_read(data).astype(int) - smooth).mean() < 4
@@ -112,7 +67,7 @@ def test_dicom_in_jpeg_is_decoded() -> None:
 
 def test_dicom_with_a_window_shows_what_lies_in_it() -> None:
     values = np.array([[0, 900, 1000, 1100, 4000]], dtype=np.int16).repeat(4, axis=0)
-    data = _write(values, RescaleSlope=1, RescaleIntercept=-1000, WindowCenter=0, WindowWidth=200)
+    data = write_dicom(values, RescaleSlope=1, RescaleIntercept=-1000, WindowCenter=0, WindowWidth=200)
 
     shown = _read(data)[0].tolist()
 
@@ -125,7 +80,7 @@ def test_dicom_with_a_window_shows_what_lies_in_it() -> None:
 def test_dicom_whose_low_values_are_white_is_inverted() -> None:
     pixels = np.array([[0, 255]], dtype=np.uint8)
 
-    np.testing.assert_array_equal(_read(_write(pixels, PhotometricInterpretation="MONOCHROME1")), 255 - pixels)
+    np.testing.assert_array_equal(_read(write_dicom(pixels, PhotometricInterpretation="MONOCHROME1")), 255 - pixels)
 
 
 @pytest.mark.parametrize(
@@ -144,30 +99,30 @@ def test_dicom_whose_low_values_are_white_is_inverted() -> None:
     ids=lambda value: str(value)[:40],
 )
 def test_dicom_that_cannot_be_trusted_gives_a_cause(tags: dict[str, Any], cause: str) -> None:
-    assert read_dicom(_write(**tags), max_pixels=MAX_PIXELS) == cause
+    assert read_dicom(write_dicom(**tags), max_pixels=MAX_PIXELS) == cause
 
 
 def test_dicom_of_ultrasound_that_says_it_has_no_writing_is_read() -> None:
-    assert _read(_write(Modality="US", BurnedInAnnotation="NO")).shape == GREY.shape
+    assert _read(write_dicom(Modality="US", BurnedInAnnotation="NO")).shape == GREY.shape
 
 
 def test_dicom_with_a_compressed_picture_larger_than_its_header_says_is_refused() -> None:
     buffer = io.BytesIO()
     Image.new("L", (3000, 3000)).save(buffer, "JPEG")
-    data = _write(GREY, JPEGBaseline8Bit, encapsulate([buffer.getvalue()]))
+    data = write_dicom(GREY, JPEGBaseline8Bit, encapsulate([buffer.getvalue()]))
 
     assert read_dicom(data, max_pixels=MAX_PIXELS) == "corrupt image"
 
 
 def test_dicom_in_a_syntax_that_is_not_decoded_gives_a_cause() -> None:
-    data = _write(GREY, JPEGLSLossless, encapsulate([b"\0" * 64]))
+    data = write_dicom(GREY, JPEGLSLossless, encapsulate([b"\0" * 64]))
 
     assert read_dicom(data, max_pixels=MAX_PIXELS) == "transfer syntax not supported"
 
 
 def test_dicom_that_unpacks_to_a_flood_is_refused_before_it_unpacks() -> None:
-    plain = _write(GREY, ExplicitVRLittleEndian)
-    deflated = _write(GREY, DeflatedExplicitVRLittleEndian)
+    plain = write_dicom(GREY, ExplicitVRLittleEndian)
+    deflated = write_dicom(GREY, DeflatedExplicitVRLittleEndian)
     (length,) = struct.unpack_from("<I", deflated, 140)
     squeezer = zlib.compressobj(wbits=-15)
     flood = squeezer.compress(b"\0" * 50_000_000) + squeezer.flush()
@@ -177,7 +132,7 @@ def test_dicom_that_unpacks_to_a_flood_is_refused_before_it_unpacks() -> None:
 
 
 def test_dicom_without_a_picture_gives_a_cause() -> None:
-    data = _write()
+    data = write_dicom()
     dataset = pydicom.dcmread(io.BytesIO(data))
     del dataset.PixelData
     buffer = io.BytesIO()
@@ -187,7 +142,7 @@ def test_dicom_without_a_picture_gives_a_cause() -> None:
 
 
 def test_dicom_cut_anywhere_or_not_dicom_at_all_gives_a_cause() -> None:
-    data = _write()
+    data = write_dicom()
     for piece in (b"", b"DICM", CANARY.encode() * 20, *(data[:end] for end in range(0, len(data) - 1, 53))):
         assert isinstance(read_dicom(piece, max_pixels=MAX_PIXELS), str)
 
@@ -196,7 +151,7 @@ def test_dicom_with_values_that_break_the_standard_is_never_quoted(
     caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder
 ) -> None:
     with pydicom.config.disable_value_validation():
-        data = _write(PatientBirthDate=CANARY, PatientAge=CANARY, BurnedInAnnotation="perhaps " + CANARY)
+        data = write_dicom(PatientBirthDate=CANARY, PatientAge=CANARY, BurnedInAnnotation="perhaps " + CANARY)
     recwarn.clear()
     caplog.clear()
 

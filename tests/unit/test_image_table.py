@@ -266,6 +266,44 @@ def test_prepare_cases_unknown_patients_need_split_by_image(tmp_path: pathlib.Pa
     )
 
 
+def test_prepare_cases_of_dicom_files_keep_the_picture_and_nothing_of_the_header(
+    tmp_path: pathlib.Path, store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("pydicom")
+    from dicom_files import CANARY, write_dicom
+
+    rng = np.random.default_rng(0)
+    pictures = {f"{number}.dcm": rng.integers(0, 256, (24, 20)).astype(np.uint8) for number in range(24)}
+    for pixels in pictures.values():
+        pixels[0, :2] = 0, 255  # the whole range, so that stretching to 8 bits changes nothing
+    files = {name: write_dicom(pixels) for name, pixels in pictures.items()}
+    assert all(content.count(CANARY.encode()) > 3 for content in files.values())
+    lines = [f"{name},p{index},{'xy'[index % 2]},,," for index, name in enumerate(files)]
+    values = {"name": "dicom", "seed": 1, "source": "image_table", "gate": {"label_flips": None}}
+    values["config"] = {"path": str(write(tmp_path, lines, files)), "table": "table.csv"}
+    with caplog.at_level(0):
+        reference = prepare_cases(DataConfig.model_validate(values), store=store)
+    cases = [case for split in SPLITS for case in store.iterate_rows(reference, split, Case)]
+    assert len(cases) == 24
+    for case in cases:
+        image = decode(case.image)
+        assert (image.format, image.info) == ("PNG", {})
+        assert (np.asarray(image)[..., 1] == pictures[case.case_id]).all()
+    found = [case.image or b"" for case in cases] + [case.model_dump_json(exclude={"image"}).encode() for case in cases]
+    found += [store.read_bytes(reference, path) for path in store.files(reference)] + [caplog.text.encode()]
+    assert not any(word in content for word in CANARY.encode().split() for content in found)
+
+
+def test_read_dicom_that_may_be_written_on_is_refused_with_its_cause(tmp_path: pathlib.Path) -> None:
+    pytest.importorskip("pydicom")
+    from dicom_files import write_dicom
+
+    files = {"us.dcm": write_dicom(Modality="US"), "torn.dcm": write_dicom()[:900]}
+    rows, causes = read(open_source(write(tmp_path, ["us.dcm,p,x,,,", "torn.dcm,q,y,,,"], files)))
+    assert rows == []
+    assert causes == ["DICOM: burned-in annotation", "DICOM: corrupt image"]
+
+
 def test_read_s3_prefix_gives_what_a_folder_gives(tmp_path: pathlib.Path, s3_environment: dict[str, str]) -> None:
     s3 = S3(S3Settings.from_environment())
     write(tmp_path, ["a.png,p,x,,,", "b.png,q,y,,,"], {"a.png": encode(), "b.png": encode(91)})

@@ -10,6 +10,7 @@ from manifests.objects import Manifest
 HUB = {"hub": {"isAllowed": True}}
 OPTIONS = [
     HUB,
+    {"chat": {"isAllowed": True}},
     {"network": {"podIdentity": True}},
     {"network": {"clients": [{"namespace": "clinic", "podLabels": {"app": "portal"}}]}},
     {"network": {"s3": {"namespace": "seaweedfs", "podLabels": {"app": "seaweedfs"}, "ports": [8333]}}},

@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import pathlib
+import re
 import types
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from mint_lib.errors import InvalidInput
 from mint_lib.flow import list_steps
 from mint_lib.placement import StepOnCluster, StepsOnCluster
 from mint_lib.pods import describe_environment
+from mint_lib.ray_job import render_ray_job
 from mint_lib.recipe import load_recipe
 from mint_lib.records import Reference
 from mint_lib.stages import STAGES
@@ -37,14 +39,21 @@ CLUSTER = ClusterConfig.model_validate(
         "s3": {"endpoint_url": "https://s3.example", "bucket": "mint", "prefix": "team"},
         "s3_ca_config_map": "mint-s3-ca",
         "hub_secret": "mint-hub",
+        "deidentification_secret": "mint-deidentification",
+        "chat_secret": "mint-chat",
         "image_pull_secrets": ["pull-a", "pull-b"],
         "kubeflow": {"host": "https://kubeflow.example"},
         "ray": {"queue": "gpus"},
     }
 )
 BARE_CLUSTER = CLUSTER.model_copy(
-    update={"s3_secret": None, "s3_ca_config_map": None, "hub_secret": None, "image_pull_secrets": (), "user_id": None}
+    update={
+        **{"s3_secret": None, "s3_ca_config_map": None, "hub_secret": None, "image_pull_secrets": (), "user_id": None},
+        **{"deidentification_secret": None, "chat_secret": None},
+    }
 )
+ORDINARY_SECRETS = {"AWS_ACCESS_KEY_ID": "mint-s3", "AWS_SECRET_ACCESS_KEY": "mint-s3", "HF_TOKEN": "mint-hub"}
+"""Environment variable to secret, of every pod."""
 GPU_STEP = {
     "num_cpus": 16,
     "memory_gib": 64,
@@ -99,6 +108,14 @@ def read_tasks(pipeline, platform):
                 name = task["taskInfo"]["name"]
                 found[name] = Task(name, task, executors[label]["container"], settings[label])
     return found
+
+
+def name_secrets_of(task):
+    """Environment variable to secret, of a task whose variables are named as the secrets' keys."""
+    pairs = [(item["secretName"], key) for item in task.kubernetes["secretAsEnv"] for key in item["keyToEnv"]]
+    assert all(key["secretKey"] == key["envVar"] for _, key in pairs)
+    assert len({key["envVar"] for _, key in pairs}) == len(pairs)
+    return {key["envVar"]: secret for secret, key in pairs}
 
 
 @pytest.fixture(scope="module", params=[(path, name) for path in RECIPES for name in PLACEMENTS], ids=str)
@@ -174,13 +191,7 @@ def test_every_task_knows_the_store_and_gets_secrets_by_name_only(compiled):
         environment = {item["name"]: item["value"] for item in task.container["env"]}
         threads = {"OMP_NUM_THREADS": str(placement_of(recipe, task).num_cpus)}
         assert environment == describe_environment(CLUSTER) | threads
-        secrets = {
-            (item["secretName"], key["secretKey"], key["envVar"])
-            for item in task.kubernetes["secretAsEnv"]
-            for key in item["keyToEnv"]
-        }
-        names = {"AWS_ACCESS_KEY_ID": "mint-s3", "AWS_SECRET_ACCESS_KEY": "mint-s3", "HF_TOKEN": "mint-hub"}
-        assert secrets == {(secret, key, key) for key, secret in names.items()}
+        assert name_secrets_of(task) == ORDINARY_SECRETS
         [config_map] = task.kubernetes["configMapAsVolume"]
         assert (config_map["configMapName"], config_map["mountPath"]) == ("mint-s3-ca", "/etc/mint/ca")
 
@@ -265,10 +276,79 @@ def test_ray_job_gets_all_of_its_step(compiled):
         assert type(step.config).model_validate_json(constants["config"]) == step.config
         assert StepOnCluster.model_validate_json(constants["step"]) == placement
         default = {"serving": type(CLUSTER.serving)(), "kubeflow": type(CLUSTER.kubeflow)()}
+        default |= {"deidentification_secret": None, "chat_secret": None}
         assert ClusterConfig.model_validate_json(constants["cluster"]) == CLUSTER.model_copy(update=default)
         # Words NAME=REFERENCE, the reference filled in by Kubeflow.
         assert [word.split("=")[0] for word in constants["inputs"].split()] == list(step.inputs)
         assert constants["inputs"].count("{{$.inputs.parameters['") == len(step.inputs)
+
+
+def chat_config(variable):
+    """A chat teacher's config as an override; without a variable its endpoint wants no key."""
+    endpoint = {"base_url": "https://chat.example/v1", "model": "m", "allow_sending_cases_to": "chat.example"}
+    step = {"name": "ranking", "shows": ["text"], "prompt": "{case_text} Rank {label_names}.", "max_tokens": 100}
+    return json.dumps({"endpoint": endpoint | {"api_key_variable": variable}, "inputs": "text", "steps": [step]})
+
+
+def ask_chat_model(variable):
+    return ("teacher.model=chat", f"teacher.config={chat_config(variable)}")
+
+
+def test_key_of_a_step_reaches_its_own_pod_and_no_other(tmp_path):
+    other = f"baselines.other={{model: chat, config: {chat_config('OTHER_API_KEY')}}}"
+    local = f"baselines.local={{model: chat, config: {chat_config(None)}}}"
+    ray = "cluster.alignment.ray={}"
+    recipe = load_recipe(
+        QUICKSTART, overrides=("data.deidentify={}", *ask_chat_model("CHAT_API_KEY"), other, local, ray)
+    )
+    tasks = read_tasks(*compile_documents(recipe, tmp_path / "pipeline.yaml", CLUSTER))
+    own = {name: dict(name_secrets_of(task).items() - ORDINARY_SECRETS.items()) for name, task in tasks.items()}
+    assert {name: secrets for name, secrets in own.items() if secrets} == {
+        "data": {"MINT_DEIDENTIFICATION_KEY": "mint-deidentification"},
+        "teacher": {"CHAT_API_KEY": "mint-chat"},
+        "teacher-other": {"OTHER_API_KEY": "mint-chat"},
+    }
+    assert {"teacher-local", "teacher-ontology", "alignment-orpo", "evaluation", "registry", "clean-up"} <= set(own)
+    step = next(step for step in list_steps(recipe) if step.id == "alignment-orpo")
+    pairs = {"preferences": f"pairs/x@v000001#sha256:{'0' * 64}"}
+    job = render_ray_job(
+        "alignment", step.config, pairs, cluster=CLUSTER, step=recipe.cluster.alignment, name="mint-alignment-0"
+    )
+    assert not re.search("MINT_DEIDENTIFICATION_KEY|CHAT_API_KEY|mint-chat|mint-deidentification", json.dumps(job))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "secret", "words"),
+    [
+        (("data.deidentify={}",), "deidentification_secret", "holds MINT_DEIDENTIFICATION_KEY"),
+        (ask_chat_model("CHAT_API_KEY"), "chat_secret", "the key CHAT_API_KEY"),
+    ],
+)
+def test_recipe_that_needs_a_secret_the_cluster_file_does_not_name_is_refused(overrides, secret, words, tmp_path):
+    cluster = CLUSTER.model_copy(update={secret: None})
+    recipe = load_recipe(QUICKSTART, overrides=overrides)
+    with pytest.raises(InvalidInput, match=f"{words}.* set {secret} to"):
+        compile_recipe(recipe, cluster, tmp_path / "pipeline.yaml")
+    compile_recipe(recipe, CLUSTER, tmp_path / "pipeline.yaml")
+
+
+@pytest.mark.parametrize("variable", ["AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "MINT_RUN_ID", "MINT_DEIDENTIFICATION_KEY"])
+def test_chat_key_in_a_variable_of_something_else_is_refused(variable):
+    with pytest.raises(InvalidInput, match=f"{variable}.*which holds something else"):
+        build_pipeline(load_recipe(QUICKSTART, overrides=ask_chat_model(variable)), CLUSTER)
+
+
+def test_chat_teacher_with_a_key_is_refused_as_a_ray_job():
+    ray = "cluster.teacher.ray={}"
+    with pytest.raises(InvalidInput, match=r"CHAT_API_KEY, which only.* Leave cluster\.teacher\.ray out"):
+        build_pipeline(load_recipe(QUICKSTART, overrides=(*ask_chat_model("CHAT_API_KEY"), ray)), CLUSTER)
+    build_pipeline(load_recipe(QUICKSTART, overrides=(*ask_chat_model(None), ray)), CLUSTER)
+
+
+def test_retraining_on_cases_of_the_store_needs_no_key_of_deidentification():
+    cluster = CLUSTER.model_copy(update={"deidentification_secret": None})
+    overrides = ("data.deidentify={}", f"retrain.cases=cases/x@v000002#sha256:{'0' * 64}")
+    build_pipeline(load_recipe(QUICKSTART, overrides=overrides), cluster)
 
 
 def test_what_the_cluster_does_not_have_is_not_asked_for(tmp_path):

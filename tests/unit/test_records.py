@@ -1,4 +1,7 @@
+import pathlib
 import pickle
+import shutil
+import sys
 
 import pytest
 from hypothesis import given
@@ -7,9 +10,10 @@ from pydantic import ValidationError
 
 from mint_lib import errors
 from mint_lib.errors import InvalidInput, RefusedData
-from mint_lib.records import KINDS, Case, Finding, PreferencePair, Ranking, Reference, Turn
+from mint_lib.records import KINDS, Case, Finding, PreferencePair, Ranking, Reference, Turn, code_version
 from mint_lib.rows import case_schema, iterate_parquet, pair_schema, ranking_schema, write_shards
 
+TEMPLATES = pathlib.Path(errors.__file__).parent / "templates"
 REFERENCE = "preferences/rare-disease@v000003#sha256:" + "ab" * 32
 
 
@@ -117,3 +121,12 @@ def test_refused_data_pickled_keeps_its_counts():
     error = RefusedData("no", {"empty": 2}, {"empty": ["a", "b"]})
     copy = pickle.loads(pickle.dumps(error))
     assert (str(copy), copy.counts, copy.case_ids) == ("no", {"empty": 2}, {"empty": ["a", "b"]})
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in TEMPLATES.iterdir()))
+def test_code_version_changes_with_every_template(name, tmp_path, monkeypatch):
+    shutil.copytree(TEMPLATES, tmp_path / "templates")
+    monkeypatch.setattr(sys.modules[code_version.__module__], "__file__", str(tmp_path / "module.py"))
+    before = code_version.__wrapped__()
+    (tmp_path / "templates" / name).write_bytes(b"something else")
+    assert code_version.__wrapped__() != before

@@ -36,6 +36,11 @@ OPTIONS: dict[str, dict[str, str]] = {
     "all": {
         "hub.isAllowed": "true",
         "hub.credentials": "secret",
+        "deidentification.credentials": "secret",
+        "chat.isAllowed": "true",
+        "chat.credentials": "secret",
+        "network.chat.cidrs": "{203.0.113.40/32}",
+        "network.chat.ports": "{8443}",
         "s3.caConfigMap": "mint-s3-ca",
         "network.podIdentity": "true",
         "network.clients[0].namespace": "clinic",
@@ -52,6 +57,12 @@ OPTIONS: dict[str, dict[str, str]] = {
         "quota.enabled": "false",
     },
     "store-inside": {"network.s3.namespace": "seaweedfs", "network.s3.podLabels.app": "seaweedfs"},
+    "chat-inside": {
+        "chat.isAllowed": "true",
+        "network.chat.namespace": "vllm",
+        "network.chat.podLabels.app": "vllm",
+        "network.chat.ports": "{8000}",
+    },
 }
 
 
@@ -143,6 +154,8 @@ CLUSTERS = {
     "everything": CLUSTER.model_copy(
         update={
             "hub_secret": "mint-hub",
+            "deidentification_secret": "mint-deidentification",
+            "chat_secret": "mint-chat",
             "s3_ca_config_map": "mint-s3-ca",
             "image_pull_secrets": ("mirror-login",),
             "ray": RayOnCluster(queue="mint", workload_priority="mint-study", pod_priority="high", is_encrypted=True),
@@ -297,6 +310,15 @@ def test_policies_of_the_chart_with_any_selector_or_port_taken_away_are_noticed(
     policies = list(select(objects, "NetworkPolicy"))
     changes = [one for one in list_policy_breaks(policies) if one.value is GONE]
     assert len(changes) > 100
+    assert [one.name for one in changes if not flows.find_flow_faults(apply(one, policies), values)] == []
+
+
+def test_policy_for_the_chat_model_with_anything_taken_away_or_widened_is_noticed() -> None:
+    file = helm_tools.CHART / "values-prod-gpu.yaml"
+    values = load_values(file, "chat-inside")
+    policies = list(select(render(file, "chat-inside"), "NetworkPolicy"))
+    changes = list_policy_breaks([one for one in policies if one["metadata"]["name"] == "to-chat"])
+    assert len(changes) > 10
     assert [one.name for one in changes if not flows.find_flow_faults(apply(one, policies), values)] == []
 
 

@@ -82,6 +82,20 @@ def test_retraining_finds_what_it_can_go_on_from(store: Store) -> None:
     assert "from 3 cases" in planned["preferences"].estimate
 
 
+def test_retraining_finds_its_rankings_over_a_version_that_was_removed(store: Store) -> None:
+    recipe = load_recipe(QUICKSTART)
+    first = write_cases(store, 1)
+    rankings = write_made_from(store, "rankings", "teacher", recipe.teacher.model_dump(mode="json"), first)
+    second = write_cases(store, 2, first)
+    third = write_cases(store, 3, second)
+    for old in store.list_old_versions("cases", "quickstart", keep_last=1):
+        if not old.needed_by:
+            store.remove_old_version(old)
+    assert list_ancestors(third, store=store) == [first]
+    found = prepare_retraining(recipe, "cases/quickstart", store=store)
+    assert found.retrain == Retrain(cases=str(third), rankings=str(rankings))
+
+
 def test_retraining_of_cases_that_did_not_grow_begins_anew(store: Store) -> None:
     recipe = load_recipe(QUICKSTART)
     first = write_cases(store, 1)

@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 from mint_lib.errors import IntegrityError, InvalidInput
 from mint_lib.records import Kind, Reference, StageRecord
+from mint_lib.storage.client import StoredObject
 from mint_lib.storage.retention import list_old_versions, remove_old_version
 from mint_lib.storage.verification import verify_version
 from mint_lib.store import Store
@@ -41,6 +42,22 @@ def write_version(
         else:
             writer.add_bytes("data.bin", writer.version.encode() * 1000)
         return writer.commit(StageRecord(stage="data", config={}, inputs=sources, code_version="test"))
+
+
+def grow_version(store: Store, *, base: Reference | None = None) -> Reference:
+    """A version with one shard more than its base, and files of its own, as `mint data add` writes them."""
+    inputs = {"base": str(base)} if base else {}
+    with store.write("cases", "demo", base=base) as writer:
+        if base is not None:
+            writer.carry_table("train")
+        number = len([path for path in writer.files if path.startswith("train/")])
+        writer.add_bytes(f"train/{number:06d}.parquet", writer.version.encode() * 1000)
+        writer.add_bytes("README.md", writer.version.encode())
+        return writer.commit(StageRecord(stage="data", config={}, inputs=inputs, code_version="test"))
+
+
+def list_objects(store: Store, version: str) -> list[StoredObject]:
+    return list(store._s3.list_objects(store._layout.folder("cases", "demo", version)))
 
 
 def damage(store: Store, reference: Reference, path: str, data: bytes) -> None:
@@ -146,12 +163,54 @@ def test_gc_keeps_what_an_alias_a_rollback_or_a_kept_version_needs(store: Store,
 
 
 def test_gc_of_old_versions_follows_the_lineage_to_its_end(store: Store):
-    first = write_version(store)
-    second = write_version(store, inputs=(first,))
-    third = write_version(store, inputs=(second,))
-    assert old_versions(store, keep_last=1) == {"v000001": str(second), "v000002": str(third)}
+    cases = write_version(store)
+    rankings = write_version(store, "rankings", inputs=(cases,))
+    preferences = write_version(store, "preferences", inputs=(rankings,))
     write_version(store)
-    assert old_versions(store, keep_last=1) == {"v000001": "", "v000002": "", "v000003": ""}
+    assert old_versions(store, keep_last=1) == {"v000001": str(rankings)}
+    store.remove(preferences)
+    store.remove(rankings)
+    assert old_versions(store, keep_last=1) == {"v000001": ""}
+
+
+def test_gc_of_versions_that_grew_from_each_other_leaves_the_bytes_in_use(
+    store: Store, mint: Callable[..., tuple[int, str]]
+):
+    newest = grow_version(store)
+    for _ in range(6):
+        newest = grow_version(store, base=newest)
+    rankings = write_version(store, "rankings", inputs=(newest,))
+    assert "5 old versions removed" in mint("gc", "--keep-last", "2", "cases/demo", "--delete")[1]
+    assert store.list_versions("cases", "demo") == ["v000006", "v000007"]
+    assert store.read_bytes(newest, "train/000000.parquet") == b"v000001" * 1000
+    for reference in (newest, rankings):
+        for with_lineage in (False, True):
+            assert verify_version(store._s3, store._layout, reference, with_lineage=with_lineage).damages == ()
+    left = [item.key.rpartition("v000001/")[2] for item in list_objects(store, "v000001")]
+    assert left == ["claim.json", "holds/v000002.json", "manifest.json", "train/000000.parquet"]
+    assert store.list_orphans() == []
+
+
+def test_gc_removes_bytes_that_the_last_version_has_given_up(store: Store):
+    first = grow_version(store)
+    second = grow_version(store, base=first)
+    third = grow_version(store, base=second)
+    with store.write("cases", "demo", base=third) as writer:
+        writer.carry("train/000001.parquet")
+        last = writer.commit(StageRecord(stage="data", config={}, inputs={}, code_version="test"))
+    removed = [store.remove(reference) for reference in (third, second, first)]
+    assert [item.num_kept for item in removed] == [0, 1, 0]
+    assert verify_version(store._s3, store._layout, last).is_whole
+    assert all("parquet" not in item.key for number in (1, 3) for item in list_objects(store, f"v{number:06d}"))
+
+
+def test_verify_of_a_version_whose_ancestor_was_lost_and_not_removed_says_so(store: Store):
+    first = grow_version(store)
+    second = grow_version(store, base=first)
+    store._s3.delete(store._layout.manifest("cases", "demo", first.version))
+    for with_lineage in (False, True):
+        found = verify_version(store._s3, store._layout, second, with_lineage=with_lineage)
+        assert [str(first) in item.problem or item.reference == str(first) for item in found.damages] == [True]
 
 
 def test_gc_of_old_versions_keeps_carried_bytes(store: Store, mint: Callable[..., tuple[int, str]]):

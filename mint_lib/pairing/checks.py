@@ -1,33 +1,21 @@
 """Makes preference pairs and checks what the student makes of them: its tokenizer, and its image processor.
 
 Goes in: the student's reader, the template, the label set, a case and the labels of both sides. Comes out: a
-`PreferencePair` with its lengths in tokens, or the cause why it is refused; and the figures of a set of pairs. It does
-not know how the labels of a side were drawn.
+`PreferencePair` with its lengths in tokens, or the cause why it is refused. It does not know how the labels of a side
+were drawn.
 """
 
-import array
-from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-import numpy as np
+from typing import TYPE_CHECKING, NamedTuple
 
 from mint_lib.errors import InvalidInput
+from mint_lib.pairing.policy import Preference
 from mint_lib.reading import encode_answer
 from mint_lib.records import Case, Label, PreferencePair
 from mint_lib.template import Question, Template
 
 if TYPE_CHECKING:
     from mint_lib.reading import Reader
-
-_TRUTH_COUNTS = ("num_pairs_without_diagnosis", "num_chosen_with_diagnosis", "num_rejected_with_diagnosis")
-
-
-class Preference(NamedTuple):
-    """Both sides of a pair as label ids, in the order in which they are named."""
-
-    chosen: tuple[str, ...]
-    rejected: tuple[str, ...]
 
 
 class PairLengths(NamedTuple):
@@ -152,59 +140,3 @@ class PairChecker:
     def _count_control_tokens(self, ids: Sequence[int]) -> int:
         """How many of `ids` steer the conversation, such as the end of a turn."""
         return sum(index in self._control_ids for index in ids)
-
-
-class PairStatistics:
-    """Counts, class balance and lengths in tokens of pairs, which are added one by one; 12 bytes of each are held."""
-
-    def __init__(self) -> None:
-        self.num_pairs = 0
-        self._lengths = array.array("i")
-        self._counts = dict.fromkeys(("num_paired_cases", *_TRUTH_COUNTS), 0)
-        self._first_chosen: Counter[str] = Counter()
-        self._rejected: Counter[str] = Counter()
-        self._last_case_id: str | None = None
-
-    def add(self, pair: PreferencePair, lengths: PairLengths, *, truth: str | None) -> None:
-        """Take note of a pair; those of one case come one after another.
-
-        Args:
-            pair: the pair.
-            lengths: its lengths.
-            truth: the label id of its case, where one is known.
-        """
-        self.num_pairs += 1
-        self._lengths.extend(lengths)
-        self._counts["num_paired_cases"] += pair.case_id != self._last_case_id
-        self._last_case_id = pair.case_id
-        self._counts["num_pairs_without_diagnosis"] += truth is None
-        self._counts["num_chosen_with_diagnosis"] += truth in pair.chosen_label_ids
-        self._counts["num_rejected_with_diagnosis"] += truth in pair.rejected_label_ids
-        self._first_chosen.update(pair.chosen_label_ids[:1])
-        self._rejected.update(pair.rejected_label_ids)
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of prompt, chosen and rejected answer, `[pair, 3]`."""
-        return np.array(self._lengths, dtype=np.int32).reshape(-1, 3)
-
-    def describe(self) -> dict[str, Any]:
-        """Everything that is known of at least one pair."""
-        prompt, chosen, rejected = self.lengths.T
-        return {
-            "num_pairs": self.num_pairs,
-            **self._counts,
-            "first_chosen_label": dict(sorted(self._first_chosen.items())),
-            "rejected_labels": dict(sorted(self._rejected.items())),
-            "prompt_tokens": _summarise(prompt),
-            "chosen_tokens": _summarise(chosen),
-            "rejected_tokens": _summarise(rejected),
-            "chosen_minus_rejected_tokens": _summarise(chosen - rejected),
-            "share_chosen_longer": float(np.mean(chosen > rejected)),
-        }
-
-
-def _summarise(lengths: np.ndarray) -> dict[str, float]:
-    p5, median, p95 = np.percentile(lengths, [5, 50, 95])
-    figures = {"min": lengths.min(), "p5": p5, "median": median, "p95": p95, "max": lengths.max()}
-    return {"mean": float(lengths.mean())} | {name: float(value) for name, value in figures.items()}
