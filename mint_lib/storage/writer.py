@@ -5,6 +5,7 @@ twice. Comes out: a `Reference`, or nothing at all: until the manifest stands, n
 belongs to the writer whose claim stands, so two writers never mix below it.
 """
 
+import errno
 import hashlib
 import logging
 import secrets
@@ -15,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from mint_lib.errors import Conflict, InvalidInput, NotFound
+from mint_lib.errors import Conflict, InvalidInput, NotFound, StoreError
 from mint_lib.records import Kind, Record, Reference, StageRecord
 from mint_lib.rows import write_shards
 from mint_lib.storage.client import S3
@@ -177,8 +178,16 @@ class VersionWriter:
 
         A table is a folder of Parquet files, `train/000000.parquet` and so on. One row group is held at a time.
         """
-        with tempfile.TemporaryDirectory(prefix="mint-rows-") as folder:
-            self.add_shards(table, _remove_behind(write_shards(rows, schema, Path(folder))))
+        try:
+            with tempfile.TemporaryDirectory(prefix="mint-rows-") as folder:
+                self.add_shards(table, _remove_behind(write_shards(rows, schema, Path(folder))))
+        except OSError as error:
+            if isinstance(error, StoreError) or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            place = f"{tempfile.gettempdir()} ({error.strerror})"
+            raise StoreError(
+                f"Rows cannot be written to the temporary folder {place}. Make room there, or set TMPDIR to a larger one."
+            ) from None
 
     def add_shards(self, table: str, paths: Iterable[Path]) -> None:
         """Take Parquet files as the table's next shards; raises as `add_file`."""
