@@ -11,10 +11,11 @@ import pathlib
 import tempfile
 from typing import TYPE_CHECKING, Any, cast
 
+from mint_lib.code_version import code_version
 from mint_lib.errors import InvalidInput
 from mint_lib.gate.verdict import require_passed
 from mint_lib.plugins import load_plugin, parse_plugin_config
-from mint_lib.records import Reference, StageRecord, code_version
+from mint_lib.records import Reference, StageRecord
 from mint_lib.student_weights import TUNED_FOLDERS
 from mint_lib.template import Template
 from mint_lib.training.deepspeed import check_deepspeed

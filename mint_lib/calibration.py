@@ -8,7 +8,8 @@ import math
 
 import numpy as np
 
-from mint_lib.records import Calibration, Reference
+from mint_lib.records import Reference
+from mint_lib.report_records import Calibration
 from mint_lib.statistics import measure_calibration_error
 
 _RANGE = (-7.0, 7.0)

@@ -21,6 +21,7 @@ from mint_lib.case_keys import CaseKey, Content
 from mint_lib.case_rows import ImageLimits, LeftOut, Row
 from mint_lib.case_spool import CaseSpool
 from mint_lib.case_version import SplitTables, judge_cases, write_version
+from mint_lib.code_version import code_version
 from mint_lib.dataset_card.facts import DatasetFacts
 from mint_lib.deidentification.config import DeidentificationConfig
 from mint_lib.errors import InvalidInput
@@ -28,7 +29,7 @@ from mint_lib.gate.settings import GateConfig
 from mint_lib.gate.verdict import enforce
 from mint_lib.label_set import read_labels
 from mint_lib.plugins import load_plugin, parse_plugin_config
-from mint_lib.records import SPLITS, Case, Label, Name, Reference, Split, StageRecord, code_version
+from mint_lib.records import SPLITS, Case, Label, Name, Reference, Split, StageRecord
 from mint_lib.splits import (
     SplitBy,
     SplitWeights,

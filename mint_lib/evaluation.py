@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from mint_lib.calibration import calibrate_student
+from mint_lib.code_version import code_version
 from mint_lib.errors import InvalidInput
 from mint_lib.plugins import load_plugin, parse_plugin_config
 from mint_lib.progress import Progress
 from mint_lib.reading import Reader
-from mint_lib.records import Calibration, Case, Ranking, Reference, StageRecord, code_version
+from mint_lib.records import Case, Ranking, Reference, StageRecord
+from mint_lib.report_records import Calibration
 from mint_lib.reporting.assembly import build_report, flatten_metrics
 from mint_lib.reporting.exhibits import collect_exhibits
 from mint_lib.reporting.material import Material, check_rankings, draw_validation_cases, read_material

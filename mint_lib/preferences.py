@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from mint_lib.code_version import code_version
 from mint_lib.dataset_card.beside import add_card
 from mint_lib.dataset_card.description import describe_draft
 from mint_lib.errors import InvalidInput
@@ -26,7 +27,7 @@ from mint_lib.pairing.facts import SplitFacts
 from mint_lib.pairing.policy import check_label_set, describe_policy
 from mint_lib.pairing.settings import PAIRED_SPLITS, PreferencesConfig
 from mint_lib.pairing.split import pair_split
-from mint_lib.records import Case, Label, PreferencePair, Ranking, Reference, Split, StageRecord, code_version
+from mint_lib.records import Case, Label, PreferencePair, Ranking, Reference, Split, StageRecord
 from mint_lib.rows import StoredShards, pair_schema, write_shards
 from mint_lib.student import load_reader
 from mint_lib.template import Template

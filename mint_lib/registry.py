@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from mint_lib.code_version import code_version
 from mint_lib.errors import Conflict, GateFailed, InvalidInput, NotFound
-from mint_lib.records import Calibration, EvaluationReport, ModelCard, Name, Reference, StageRecord, code_version
+from mint_lib.records import Name, Reference, StageRecord
+from mint_lib.report_records import Calibration, EvaluationReport, ModelCard
 from mint_lib.reporting.card import render_card
 from mint_lib.reporting.sentences import describe_rule
 

@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ValidationError
 
 from mint_lib import alignment, data, evaluation, preferences, registry, teacher
+from mint_lib.code_version import code_version
 from mint_lib.errors import InvalidInput, RecipeError
 from mint_lib.pairing.settings import PreferencesConfig
 from mint_lib.plugins import describe_validation_error
-from mint_lib.records import Reference, code_version
+from mint_lib.records import Reference
 from mint_lib.reporting.settings import EvaluationConfig
 from mint_lib.store import Store
 from mint_lib.training.settings import AlignmentConfig

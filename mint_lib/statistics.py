@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mint_lib.records import Estimate
+from mint_lib.report_records import Estimate
 
 Array = NDArray[np.float64]
 PERMUTATIONS = 10_000

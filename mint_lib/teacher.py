@@ -19,10 +19,11 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from mint_lib.calibration import fit_temperature, negative_log_likelihood, normalise_scores
+from mint_lib.code_version import code_version
 from mint_lib.errors import GateFailed, InvalidInput
 from mint_lib.label_set import LABELS, read_labels
 from mint_lib.plugins import load_plugin, parse_plugin_config
-from mint_lib.records import SPLITS, Case, Label, Name, Ranking, Reference, Split, StageRecord, code_version
+from mint_lib.records import SPLITS, Case, Label, Name, Ranking, Reference, Split, StageRecord
 from mint_lib.rows import ranking_schema
 from mint_lib.statistics import GroupBootstrap, Measurement, measure_calibration_error, measure_mean
 

@@ -9,7 +9,8 @@ from rich.table import Table
 from rich.tree import Tree
 
 from mint_lib.errors import NotFound
-from mint_lib.records import Estimate, EvaluationReport, Kind, Reference
+from mint_lib.records import Kind, Reference
+from mint_lib.report_records import Estimate, EvaluationReport
 from mint_lib.store import Store
 from pipelines.planning import PlannedStep
 

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mint_lib.case_spool import CaseSpool
+from mint_lib.code_version import code_version
 from mint_lib.deidentification.config import DeidentificationConfig, read_key
 from mint_lib.deidentification.deidentifier import Deidentifier, Unsure
 from mint_lib.deidentification.vocabulary import digest_vocabulary
-from mint_lib.records import Case, Label, StageRecord, code_version
+from mint_lib.records import Case, Label, StageRecord
 from mint_lib.rows import case_schema
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from mint_lib.clinical.ontology import load_ontology
 from mint_lib.errors import MissingDependency
-from mint_lib.records import Metric, Wording
+from mint_lib.report_records import Metric, Wording
 from mint_lib.reporting.label_ranking import LabelRanking, describe_metric, list_metrics
 
 logger = logging.getLogger(__name__)

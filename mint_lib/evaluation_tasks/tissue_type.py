@@ -8,7 +8,7 @@ the image at all is not measured here: that is the grounding probe's.
 from collections.abc import Mapping
 from typing import ClassVar
 
-from mint_lib.records import Metric, Wording
+from mint_lib.report_records import Metric, Wording
 from mint_lib.reporting.label_ranking import LabelRanking, describe_metric, list_metrics
 
 _TOPS = (1, 3, 5)

@@ -7,7 +7,7 @@ student, slices, the gate's decision, and sentences, in one record. It knows nei
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mint_lib.records import EvaluationReport, Grounding, Perturbation, Prediction
+from mint_lib.report_records import EvaluationReport, Grounding, Perturbation, Prediction
 from mint_lib.reporting.findings import (
     Measured,
     Resampling,

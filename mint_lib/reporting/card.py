@@ -6,7 +6,7 @@ decides nothing and knows no store.
 
 import json
 
-from mint_lib.records import EvaluationReport, ModelCard
+from mint_lib.report_records import EvaluationReport, ModelCard
 from mint_lib.reporting.sentences import describe_grounding, format_estimate, name_system
 
 

@@ -11,7 +11,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from mint_lib.records import Case, EvaluationReport, Label, Prediction
+from mint_lib.records import Case, Label
+from mint_lib.report_records import EvaluationReport, Prediction
 from mint_lib.reporting.altered_images import shrink
 from mint_lib.reporting.grounding import Probe
 from mint_lib.reporting.injections import Injections

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from mint_lib.records import Comparison, Estimate, Gate, GateOutcome
+from mint_lib.report_records import Comparison, Estimate, Gate, GateOutcome
 from mint_lib.statistics import Array, GroupBootstrap, Measurement, correct_holm, permutation_test, sign_test
 
 Measured = dict[str, list[dict[str, Measurement]]]

@@ -33,7 +33,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from mint_lib.errors import RefusedData
-from mint_lib.records import Case, Grounding, GroundingVariant, Prediction
+from mint_lib.records import Case
+from mint_lib.report_records import Grounding, GroundingVariant, Prediction
 from mint_lib.reporting.altered_images import make_flat, make_noise, mean_colour
 from mint_lib.reporting.findings import Resampling
 from mint_lib.statistics import measure_mean

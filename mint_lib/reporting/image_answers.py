@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from mint_lib.progress import Progress
 from mint_lib.reading import Reader
-from mint_lib.records import Prediction
+from mint_lib.report_records import Prediction
 from mint_lib.reporting.grounding import AskImages
 from mint_lib.reporting.material import Material
 from mint_lib.student import rank_labels

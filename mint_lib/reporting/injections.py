@@ -16,7 +16,8 @@ from typing import NamedTuple
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from mint_lib.records import Case, Estimate, Label, Prediction, Record
+from mint_lib.records import Case, Label, Record
+from mint_lib.report_records import Estimate, Prediction
 from mint_lib.reporting.findings import Resampling
 from mint_lib.reporting.injection_texts import KINDS, Kind, write_injection, write_neutral
 from mint_lib.statistics import GroupBootstrap, Measurement, measure_mean

@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from mint_lib.clinical.disease_names import NameTable
 from mint_lib.progress import Progress
 from mint_lib.reading import Reader, encode_answer
-from mint_lib.records import Metric, Prediction, Ranking, Wording
+from mint_lib.records import Ranking
+from mint_lib.report_records import Metric, Prediction, Wording
 from mint_lib.reporting.findings import PairedTest
 from mint_lib.reporting.material import Material
 from mint_lib.reporting.ranking_scores import TeacherSides, measure_agreement, measure_generation, measure_ranking

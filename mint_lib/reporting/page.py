@@ -9,7 +9,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from mint_lib.records import EvaluationReport, Metric
+from mint_lib.report_records import EvaluationReport, Metric
 from mint_lib.reporting.exhibits import Confusion, Exhibits
 from mint_lib.reporting.injection_texts import TEXTS
 from mint_lib.reporting.plots import (

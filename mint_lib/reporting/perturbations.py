@@ -10,7 +10,8 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from mint_lib.records import Case, Perturbation, PerturbationLevel, Prediction
+from mint_lib.records import Case
+from mint_lib.report_records import Perturbation, PerturbationLevel, Prediction
 from mint_lib.reporting.altered_images import blur, compress, scale_stains
 from mint_lib.reporting.findings import Resampling
 from mint_lib.reporting.grounding import AskImages

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from mint_lib.records import Estimate, Metric, Perturbation
+from mint_lib.report_records import Estimate, Metric, Perturbation
 from mint_lib.reporting.exhibits import Confusion, Curve
 from mint_lib.statistics import ReliabilityBin
 

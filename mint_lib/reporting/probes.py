@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from mint_lib.reading import Reader
-from mint_lib.records import Perturbation, Prediction, Reference
+from mint_lib.records import Reference
+from mint_lib.report_records import Perturbation, Prediction
 from mint_lib.reporting.assembly import resampling_of
 from mint_lib.reporting.grounding import Probe, probe_grounding
 from mint_lib.reporting.image_answers import ask_images

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mint_lib.clinical.disease_names import FUZZY, OUTSIDE, UNKNOWN
-from mint_lib.records import Prediction
+from mint_lib.report_records import Prediction
 from mint_lib.statistics import (
     Array,
     Measurement,

@@ -7,7 +7,7 @@ printed. It decides nothing: a difference is called shown where its interval exc
 import math
 from collections.abc import Sequence
 
-from mint_lib.records import Comparison, Estimate, EvaluationReport, GateOutcome, Grounding, Metric, Wording
+from mint_lib.report_records import Comparison, Estimate, EvaluationReport, GateOutcome, Grounding, Metric, Wording
 from mint_lib.reporting.injections import Injections
 
 _ACRONYMS = {"orpo": "ORPO", "dpo": "DPO", "sft": "SFT"}

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import BaseModel
 
 from mint_lib.reading import Reader
-from mint_lib.records import Metric, Prediction, Ranking, Wording
+from mint_lib.records import Ranking
+from mint_lib.report_records import Metric, Prediction, Wording
 from mint_lib.reporting.findings import PairedTest
 from mint_lib.reporting.material import Material
 from mint_lib.statistics import Measurement

@@ -15,8 +15,9 @@ from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExec
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from mint_lib.code_version import code_version
 from mint_lib.errors import InvalidInput, StoreError
-from mint_lib.records import Name, Reference, StageRecord, code_version
+from mint_lib.records import Name, Reference, StageRecord
 from mint_lib.storage.manifest import FileEntry
 from mint_lib.student import StudentConfig
 from mint_lib.student_weights import (

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from mint_lib.errors import InvalidInput
-from mint_lib.records import Calibration, Label, ModelCard, Record, Reference
+from mint_lib.records import Label, Record, Reference
+from mint_lib.report_records import Calibration, ModelCard
 from mint_lib.student import StudentConfig
 from mint_lib.template import Template
 

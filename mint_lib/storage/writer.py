@@ -186,7 +186,7 @@ class VersionWriter:
                 raise
             place = f"{tempfile.gettempdir()} ({error.strerror})"
             raise StoreError(
-                f"Rows cannot be written to the temporary folder {place}. Make room there, or set TMPDIR to a larger one."
+                f"Rows cannot be written to the temporary folder {place}. Make room, or set TMPDIR to a larger one."
             ) from None
 
     def add_shards(self, table: str, paths: Iterable[Path]) -> None:

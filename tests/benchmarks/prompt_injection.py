@@ -15,7 +15,8 @@ import time
 from collections.abc import Sequence
 from typing import Any, cast
 
-from mint_lib.records import Estimate, Prediction, Reference
+from mint_lib.records import Reference
+from mint_lib.report_records import Estimate, Prediction
 from mint_lib.reporting.assembly import resampling_of
 from mint_lib.reporting.injections import Injections, InjectionsConfig, measure_injections
 from mint_lib.reporting.material import read_material

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from mint_lib.reading import TextReader
-from mint_lib.records import Calibration, Case, Estimate, Label, ModelCard, Reference, StageRecord
+from mint_lib.records import Case, Label, Reference, StageRecord
+from mint_lib.report_records import Calibration, Estimate, ModelCard
 from mint_lib.rows import case_schema
 from mint_lib.server.asking import rank_case
 from mint_lib.server.students import ServedStudent

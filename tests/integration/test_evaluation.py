@@ -11,7 +11,8 @@ from mint_lib.calibration import fit_temperature
 from mint_lib.errors import InvalidInput
 from mint_lib.evaluation import evaluate_students
 from mint_lib.reading import TextReader
-from mint_lib.records import Calibration, Case, EvaluationReport, Label, Prediction, Ranking, Reference, StageRecord
+from mint_lib.records import Case, Label, Ranking, Reference, StageRecord
+from mint_lib.report_records import Calibration, EvaluationReport, Prediction
 from mint_lib.reporting.injection_texts import KINDS
 from mint_lib.reporting.injections import Injections
 from mint_lib.reporting.sentences import describe_injections

@@ -10,7 +10,8 @@ import sys
 import pytest
 import yaml
 
-from mint_lib.records import SPLITS, EvaluationReport
+from mint_lib.records import SPLITS
+from mint_lib.report_records import EvaluationReport
 from mint_lib.store import Store
 
 RECIPE = pathlib.Path(__file__).parent / "recipes" / "tiny.yaml"

@@ -8,8 +8,9 @@ from tiny_seeing_students import LABELS, STUDENT, TEMPLATE, make_cases, save_stu
 
 from mint_lib.errors import GateFailed, InvalidInput
 from mint_lib.evaluation import evaluate_students
-from mint_lib.records import EvaluationReport, ModelCard, Prediction, Ranking, Reference, StageRecord
+from mint_lib.records import Ranking, Reference, StageRecord
 from mint_lib.registry import RegistryConfig, register_model
+from mint_lib.report_records import EvaluationReport, ModelCard, Prediction
 from mint_lib.reporting.settings import EvaluationConfig
 from mint_lib.rows import case_schema, ranking_schema
 from mint_lib.store import Store

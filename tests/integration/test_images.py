@@ -23,9 +23,11 @@ import yaml
 from stored_models import TEXT, make_adapter, write_model
 
 import mint_lib
+from mint_lib.code_version import code_version
 from mint_lib.flow import list_steps
 from mint_lib.recipe import load_recipe
-from mint_lib.records import EvaluationReport, Reference, code_version
+from mint_lib.records import Reference
+from mint_lib.report_records import EvaluationReport
 from mint_lib.server.access import TokensFile, issue_token
 from mint_lib.store import Store
 
@@ -188,9 +190,9 @@ def test_bill_of_materials_names_exactly_what_is_installed(image: str) -> None:
 @pytest.mark.parametrize("image", [TRAIN, SERVE])
 def test_code_in_the_image_is_the_checkouts(image: str) -> None:
     script = (
-        "from mint_lib.records import code_version; import components.data"
+        "from mint_lib.code_version import code_version; import components.data"
         if image == TRAIN
-        else ("from mint_lib.records import code_version")
+        else ("from mint_lib.code_version import code_version")
     )
     found = run(image, "python3", "-c", f"{script}; print(code_version())").strip()
     assert found == code_version(), "the image is older than the checkout: run .ci/images again"

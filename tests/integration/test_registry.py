@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 
 from mint_lib.errors import Conflict, GateFailed, InvalidInput
-from mint_lib.records import Estimate, EvaluationReport, Gate, GateOutcome, Metric, ModelCard, Reference, StageRecord
+from mint_lib.records import Reference, StageRecord
 from mint_lib.registry import RegistryConfig, promote_model, register_model, rollback_model
+from mint_lib.report_records import Estimate, EvaluationReport, Gate, GateOutcome, Metric, ModelCard
 from mint_lib.store import Store
 
 CONFIG = RegistryConfig(name="rare", licence="Apache-2.0")

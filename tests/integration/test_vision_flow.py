@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from mint_lib.records import Case, EvaluationReport, PreferencePair, Reference
+from mint_lib.records import Case, PreferencePair, Reference
+from mint_lib.report_records import EvaluationReport
 
 RECIPE = pathlib.Path(__file__).parent / "recipes" / "tiny_vision.yaml"
 

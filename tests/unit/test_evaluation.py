@@ -8,7 +8,8 @@ from mint_lib.errors import InvalidInput, RefusedData
 from mint_lib.evaluation import check_names
 from mint_lib.plugins import load_plugin
 from mint_lib.reading import TextReader
-from mint_lib.records import Case, EvaluationReport, Label, Prediction, Ranking, Reference
+from mint_lib.records import Case, Label, Ranking, Reference
+from mint_lib.report_records import EvaluationReport, Prediction
 from mint_lib.reporting.assembly import build_report, flatten_metrics
 from mint_lib.reporting.findings import GateRule, Resampling, compare_systems, decide_gate, estimate_slices
 from mint_lib.reporting.material import Material, check_rankings, select_cases

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from mint_lib.errors import GateFailed, RefusedData
-from mint_lib.records import Case, Grounding, Prediction, Reference, Wording
+from mint_lib.records import Case, Reference
 from mint_lib.registry import check_grounding
+from mint_lib.report_records import Grounding, Prediction, Wording
 from mint_lib.reporting.altered_images import decode_pixels, encode_pixels, make_flat, mean_colour, shrink
 from mint_lib.reporting.findings import Resampling
 from mint_lib.reporting.grounding import AskImages, GroundingConfig, Probe, probe_grounding
@@ -192,7 +193,7 @@ def test_registry_takes_an_image_student_only_with_a_passed_probe_of_itself(make
 @pytest.fixture
 def make_findings() -> Callable[[Grounding | None], Any]:
     """A function that makes a report with that probe; nothing else of it is looked at."""
-    from mint_lib.records import EvaluationReport
+    from mint_lib.report_records import EvaluationReport
 
     return lambda grounding: EvaluationReport.model_construct(grounding=grounding, reads="image")
 

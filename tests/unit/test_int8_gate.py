@@ -68,7 +68,7 @@ class CaseStore:
         self.inputs = {"cases": str(CASES)} if inputs is None else inputs
 
     def read_bytes(self, reference: Reference, path: str) -> bytes:
-        from mint_lib.records import ModelCard
+        from mint_lib.report_records import ModelCard
 
         card = ModelCard(
             name="m",

@@ -9,7 +9,8 @@ import scipy.ndimage
 from PIL import Image
 from skimage.color import hed_from_rgb, rgb2hed
 
-from mint_lib.records import Case, Prediction
+from mint_lib.records import Case
+from mint_lib.report_records import Prediction
 from mint_lib.reporting.altered_images import blur, compress, decode_pixels, encode_pixels, scale_stains
 from mint_lib.reporting.findings import Resampling
 from mint_lib.reporting.perturbations import PerturbationsConfig, measure_perturbations, perturb

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from mint_lib.records import Case, EvaluationReport, Label, Prediction, Reference, Wording
+from mint_lib.records import Case, Label, Reference
+from mint_lib.report_records import EvaluationReport, Prediction, Wording
 from mint_lib.reporting.findings import Resampling
 from mint_lib.reporting.injection_texts import KINDS, TEXTS, write_injection, write_neutral
 from mint_lib.reporting.injections import FitsWindow, Injections, InjectionsConfig, measure_injections

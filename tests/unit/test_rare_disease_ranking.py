@@ -6,7 +6,8 @@ import pytest
 
 from mint_lib.clinical.disease_names import NameTable
 from mint_lib.evaluation_tasks.rare_disease_ranking import RareDiseaseRanking
-from mint_lib.records import Case, Label, Prediction, Ranking
+from mint_lib.records import Case, Label, Ranking
+from mint_lib.report_records import Prediction
 from mint_lib.reporting import label_ranking
 from mint_lib.reporting.material import Material
 from mint_lib.reporting.ranking_scores import TeacherSides, measure_agreement, measure_generation, measure_ranking

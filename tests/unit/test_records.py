@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from mint_lib import errors
+from mint_lib.code_version import code_version
 from mint_lib.errors import InvalidInput, RefusedData
-from mint_lib.records import KINDS, Case, Finding, PreferencePair, Ranking, Reference, Turn, code_version
+from mint_lib.records import KINDS, Case, Finding, PreferencePair, Ranking, Reference, Turn
 from mint_lib.rows import case_schema, iterate_parquet, pair_schema, ranking_schema, write_shards
 
 TEMPLATES = pathlib.Path(errors.__file__).parent / "templates"

@@ -3,8 +3,9 @@ from typing import Any, NamedTuple
 import pytest
 
 from mint_lib.errors import Conflict, GateFailed, InvalidInput, NotFound
-from mint_lib.records import EvaluationReport, Gate, GateOutcome, Metric, Reference
+from mint_lib.records import Reference
 from mint_lib.registry import CANDIDATE, CHAMPION, check_report, promote_model, rollback_model
+from mint_lib.report_records import EvaluationReport, Gate, GateOutcome, Metric
 from mint_lib.storage.aliases import Alias
 
 

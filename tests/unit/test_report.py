@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from mint_lib.evaluation_tasks.tissue_type import TissueType
-from mint_lib.records import (
-    Case,
+from mint_lib.records import Case, Label
+from mint_lib.report_records import (
     Comparison,
     Estimate,
     EvaluationReport,
@@ -15,7 +15,6 @@ from mint_lib.records import (
     GateOutcome,
     Grounding,
     GroundingVariant,
-    Label,
     Metric,
     ModelCard,
     Perturbation,

@@ -11,7 +11,8 @@ from tiny_image_students import FAMILIES, make_image, make_student
 from mint_lib.evaluation_tasks.tissue_type import TissueType
 from mint_lib.packing import collate_trees, pack_tree
 from mint_lib.reading import end_of_turn_id
-from mint_lib.records import Case, Label, Prediction, Ranking, Turn
+from mint_lib.records import Case, Label, Ranking, Turn
+from mint_lib.report_records import Prediction
 from mint_lib.reporting import label_ranking
 from mint_lib.reporting.exhibits import confuse_all
 from mint_lib.reporting.material import Material, draw_validation_cases, select_cases
