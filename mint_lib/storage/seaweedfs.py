@@ -42,7 +42,9 @@ _FIXED_OPTIONS = (
     "-webdav=false",
     "-disableHttp",
     "-master.telemetry=false",
-    "-master.volumeSizeLimitMB=64",
+    # A write waits a second for the next volume, so volumes are large; their number is left to the disk.
+    "-master.volumeSizeLimitMB=1024",
+    "-volume.max=1000",
     "-volume.preStopSeconds=0",
     "-s3.autoCreateBucket=false",
     "-s3.port.iceberg=0",
