@@ -13,7 +13,6 @@ from mint_lib.training.setup import TrainingSetup
 from mint_lib.training.tree_file import write_trees
 from mint_lib.training.tuning import prepare_tuning
 from mint_lib.training.watch import Validation, watch_training
-from mint_lib.training.worker import trainer_arguments
 
 TINY = StudentConfig(model="tiny")
 TEMPLATE = Template.load("rare_disease").with_num_answers(1)
@@ -67,15 +66,7 @@ def build(method_name, folder, config=None, pairs=PAIRS):
     trees = write_trees(pairs, folder / "trees.arrow", reader=reader, window_tokens=config.student.window_tokens)
     model = prepare_tuning(load_student(config.student), tuning=config.tuning, lora=config.lora).model
     plugin = load_plugin("alignment_methods", method_name, base=AlignmentMethod)
-    setup = TrainingSetup(
-        arguments=trainer_arguments(config, folder / "trainer", num_workers=1),
-        scratch=folder,
-        trees_per_batch=config.trees_per_batch,
-        batch_tokens=config.batch_tokens,
-        seed=config.seed,
-        rank=0,
-        num_workers=1,
-    )
+    setup = TrainingSetup.of_config(config, folder)
     method = plugin(plugin.Config(**config.method_config), reader=reader)
     return method.build_trainer(model, trees=trees, setup=setup), reader
 

@@ -40,8 +40,6 @@ def build_tiny_trainer(
         trees_per_batch=len(trees),
         batch_tokens=100_000,
         seed=1,
-        rank=0,
-        num_workers=1,
     )
     plugin = load_plugin("alignment_methods", method, base=AlignmentMethod)
     return plugin(plugin.Config(), reader=reader).build_trainer(model, trees=trees, setup=setup)

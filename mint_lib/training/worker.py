@@ -22,7 +22,7 @@ from mint_lib.student_weights import TUNED_FOLDERS
 from mint_lib.template import Template
 from mint_lib.training.checkpoint_writer import CheckpointWriter
 from mint_lib.training.checkpoints import Checkpoint, RunCheckpoints
-from mint_lib.training.deepspeed import render_deepspeed, restrict_checkpoint_loading
+from mint_lib.training.deepspeed import restrict_checkpoint_loading
 from mint_lib.training.frozen_layers import cache_frozen_layers
 from mint_lib.training.method import AlignmentMethod
 from mint_lib.training.on_ray import Driver
@@ -34,10 +34,8 @@ from mint_lib.training.tuning import Tuned, hash_frozen, place_tuned, prepare_tu
 from mint_lib.training.watch import TrainingState, Validation, count_skipped, draw_cases, watch_training
 
 if TYPE_CHECKING:
-    from mint_lib.reading import Reader
     from mint_lib.store import Store
 
-_LOGS_PER_VALIDATION = 5
 _PROCESS_GROUP_VARIABLES = ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "RANK", "WORLD_SIZE")
 _SCRATCH_PREFIX = "mint-training-"
 OUTCOME = "outcome.json"
@@ -123,7 +121,10 @@ def _train(payload: dict[str, Any], folder: pathlib.Path) -> None:
     # In bfloat16 DeepSpeed casts every weight when it begins, the frozen ones too.
     is_cast = config.deepspeed is not None and config.use_gpu
     frozen = hash_frozen(tuned.model) if rank == 0 and not is_cast else ""
-    trainer = _build_trainer(config, payload["method"], tuned, trees, reader, folder, rank, num_workers)
+    method_config = parse_plugin_config(payload["method"], config.method_config, where="alignment.method_config")
+    trainer = payload["method"](method_config, reader=reader).build_trainer(
+        tuned.model, trees=trees, setup=TrainingSetup.of_config(config, folder, rank=rank, num_workers=num_workers)
+    )
     if config.frozen_layers == "cache" and config.lora.last_layers is not None:
         cache_frozen_layers(
             trainer,
@@ -257,29 +258,6 @@ def _prepare_student(
     return tuned
 
 
-def _build_trainer(
-    config: AlignmentConfig,
-    method: type[AlignmentMethod],
-    tuned: Tuned,
-    trees: TreeFile,
-    reader: "Reader",
-    folder: pathlib.Path,
-    rank: int,
-    num_workers: int,
-) -> Any:
-    setup = TrainingSetup(
-        arguments=trainer_arguments(config, folder / "trainer", num_workers=num_workers),
-        scratch=folder,
-        trees_per_batch=config.trees_per_batch,
-        batch_tokens=config.batch_tokens,
-        seed=config.seed,
-        rank=rank,
-        num_workers=num_workers,
-    )
-    method_config = parse_plugin_config(method, config.method_config, where="alignment.method_config")
-    return method(method_config, reader=reader).build_trainer(tuned.model, trees=trees, setup=setup)
-
-
 def describe_start(
     config: AlignmentConfig, tuned: Tuned, trees: TreeFile, *, num_workers: int, resumed: Checkpoint | None
 ) -> str:
@@ -313,40 +291,3 @@ def _count(
         "num_skipped_steps": count_skipped(state),
         "num_trainable_parameters": tuned.num_trained,
     }
-
-
-def trainer_arguments(config: AlignmentConfig, folder: pathlib.Path, *, num_workers: int) -> dict[str, Any]:
-    """The `transformers.TrainingArguments` that every method shares."""
-    arguments: dict[str, Any] = {
-        "output_dir": str(folder),
-        "num_train_epochs": config.epochs,
-        "per_device_train_batch_size": max(1, config.trees_per_batch // (num_workers * config.accumulation_steps)),
-        "gradient_accumulation_steps": config.accumulation_steps,
-        "gradient_checkpointing": config.activations == "recompute",
-        "learning_rate": config.learning_rate,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": config.warmup_share,
-        "max_grad_norm": config.max_gradient_norm,
-        "weight_decay": config.weight_decay,
-        "seed": config.seed,
-        "data_seed": config.seed,
-        "eval_strategy": "no",
-        "save_strategy": "steps",
-        "save_steps": config.checkpoint_every_steps,
-        "logging_steps": max(1, config.validate_every_steps // _LOGS_PER_VALIDATION),
-        "logging_nan_inf_filter": False,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "log_level": "error",
-        "use_cpu": not config.use_gpu,
-        "bf16": config.use_gpu and config.student.dtype == "bfloat16",
-        "dataloader_pin_memory": config.use_gpu,
-        # Some vision towers have a last layer that nothing reads.
-        "ddp_find_unused_parameters": config.student.reads == "image"
-        and (config.tuning == "full" or config.lora.towers == "language_and_vision"),
-    }
-    if config.activations == "recompute":
-        arguments["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
-    if config.deepspeed is not None:
-        arguments["deepspeed"] = render_deepspeed(config.deepspeed, use_gpu=config.use_gpu, dtype=config.student.dtype)
-    return arguments

@@ -155,7 +155,6 @@ def _run_plain(config: AlignmentConfig, store: Store, preferences: Reference) ->
     from mint_lib.training.setup import TrainingSetup
     from mint_lib.training.tree_file import write_trees
     from mint_lib.training.tuning import prepare_tuning
-    from mint_lib.training.worker import trainer_arguments
 
     torch.set_num_threads(config.cpus_per_worker)
     transformers.set_seed(config.seed)
@@ -170,15 +169,7 @@ def _run_plain(config: AlignmentConfig, store: Store, preferences: Reference) ->
             window_tokens=config.student.window_tokens,
         )
         tuned = prepare_tuning(load_student(config.student), tuning=config.tuning, lora=config.lora)
-        setup = TrainingSetup(
-            arguments=trainer_arguments(config, folder / "trainer", num_workers=1) | {"save_strategy": "no"},
-            scratch=folder,
-            trees_per_batch=config.trees_per_batch,
-            batch_tokens=config.batch_tokens,
-            seed=config.seed,
-            rank=0,
-            num_workers=1,
-        )
+        setup = TrainingSetup.of_config(config, folder, save_strategy="no")
         settings = parse_plugin_config(method, config.method_config, where="alignment.method_config")
         trainer = method(settings, reader=reader).build_trainer(tuned.model, trees=trees, setup=setup)
         trainer.remove_callback(transformers.PrinterCallback)  # its lines would stand among the results

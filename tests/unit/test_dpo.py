@@ -39,8 +39,6 @@ def make_trainer(model, reader, scratch, *, pairs=RAGGED, **arguments):
         trees_per_batch=2,
         batch_tokens=4096,
         seed=1,
-        rank=0,
-        num_workers=1,
     )
     trees = write_trees(pairs, scratch / "trees.arrow", reader=reader, window_tokens=512)
     return Dpo(Dpo.Config(beta=BETA), reader=reader).build_trainer(model, trees=trees, setup=setup)

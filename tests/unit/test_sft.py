@@ -34,8 +34,6 @@ def make_trainer(model, reader, scratch, *, pairs=RAGGED, nll="answer", **argume
         trees_per_batch=2,
         batch_tokens=4096,
         seed=1,
-        rank=0,
-        num_workers=1,
     )
     trees = write_trees(pairs, scratch / "trees.arrow", reader=reader, window_tokens=512)
     return Sft(Sft.Config(nll=nll), reader=reader).build_trainer(model, trees=trees, setup=setup)
