@@ -10,6 +10,7 @@ import argparse
 import base64
 import binascii
 import logging
+import os
 import signal
 import sys
 from types import FrameType
@@ -17,8 +18,6 @@ from types import FrameType
 from mint_lib.errors import Interrupted, MintError
 
 logger = logging.getLogger(__name__)
-TRY_AGAIN = 75
-"""EX_TEMPFAIL of sysexits.h: nothing is wrong, the same command goes on."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -52,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
         outcome = run_stage(options.stage, options.config, inputs, store=Store.from_environment())
     except MintError as error:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
-        return TRY_AGAIN if isinstance(error, Interrupted) else 1
+        return os.EX_TEMPFAIL if isinstance(error, Interrupted) else 1
     except Exception:
         logger.exception("%s: not foreseen", options.stage)
         return 3

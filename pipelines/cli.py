@@ -4,6 +4,7 @@ Every command loads what it needs when it runs, so that `--help` answers at once
 """
 
 import json
+import os
 import sys
 from collections.abc import Callable
 
@@ -27,13 +28,15 @@ _STAGES = {
 
 
 def main() -> None:
-    """Run the command; errors a user can mend are shown without a traceback, with exit code 2 (input) or 1."""
-    from mint_lib.errors import InvalidInput, MintError
+    """Run the command; errors a user can mend are shown without a traceback. Exit code: 2 (input), 75 (go on) or 1."""
+    from mint_lib.errors import Interrupted, InvalidInput, MintError
 
     try:
         app()
     except MintError as error:
         sys.stderr.write(f"mint: {type(error).__name__}: {error}\n")
+        if isinstance(error, Interrupted):
+            sys.exit(os.EX_TEMPFAIL)
         sys.exit(2 if isinstance(error, InvalidInput) else 1)
 
 

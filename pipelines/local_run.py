@@ -9,15 +9,18 @@ import io
 import json
 import os
 import pathlib
+import signal
+import sys
 import time
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import psutil
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from mint_lib.errors import MintError
+from mint_lib.errors import Interrupted, MintError
 from mint_lib.progress import PREFIX
 from mint_lib.recipe import Recipe
 from mint_lib.records import Reference
@@ -36,6 +39,8 @@ def run_recipe(recipe: Recipe, *, store: Store, console: Console, log_path: path
 
     Raises:
         StepFailed: a stage failed; the message is the stage's own, and names the log.
+        Interrupted: this process got SIGTERM, and the training that ran wrote a checkpoint.
+        SystemExit: this process got SIGTERM, and nothing but finished steps is kept.
     """
     planned = plan_steps(recipe, store=store)
     missing = [item.step.id for item in planned if item.reference is None]
@@ -50,12 +55,17 @@ def run_recipe(recipe: Recipe, *, store: Store, console: Console, log_path: path
     log_path.parent.mkdir(parents=True, exist_ok=True)
     with log_path.open("w", encoding="utf-8") as log:
         view = _RunView(console, log)
-        with view, _local_kubeflow(view, log_path.parent.parent / "kfp"):
+        with view, _local_kubeflow(view, log_path.parent.parent / "kfp"), _pass_on_sigterm(console) as received:
             from pipelines.mint import build_pipeline
 
             try:
                 build_pipeline(recipe)()
             except RuntimeError as error:
+                if view.is_interrupted:
+                    raise Interrupted(view.explain(error, log_path)) from None
+                if received:
+                    console.print("Stopped. Finished steps are kept: run the same command again to go on.")
+                    sys.exit(128 + signal.SIGTERM)
                 raise StepFailed(view.explain(error, log_path)) from None
     return [item._replace(reference=view.outputs[item.step.stage, item.step.name]) for item in planned]
 
@@ -79,6 +89,39 @@ def _local_kubeflow(view: "_RunView", pipeline_root: pathlib.Path) -> Iterator[N
             os.environ["MINT_PROGRESS"] = before
 
 
+@contextlib.contextmanager
+def _pass_on_sigterm(console: Console) -> Iterator[list[int]]:
+    """Let the step that runs end, which may write a checkpoint first; yields the signals that came."""
+    received: list[int] = []
+
+    def stop(number: int, frame: Any) -> None:
+        received.append(number)
+        processes = _list_step_processes()
+        if not processes:
+            sys.exit(128 + number)
+        console.print("told to stop: the running step ends first; a second SIGTERM ends it at once", highlight=False)
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.terminate()
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _list_step_processes() -> list[psutil.Process]:
+    """The processes of the step that runs, without the shell that Kubeflow starts it from: that passes no signal on."""
+    group = os.getpgrp()  # the local store, a child too, has one of its own
+    found: list[psutil.Process] = []
+    for shell in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+            if os.getpgid(shell.pid) == group:
+                found += shell.children() or [shell]
+    return found
+
+
 class _RunView(io.TextIOBase):
     """Takes every line of the run: progress events become bars (or sparse lines), the rest goes to the log."""
 
@@ -86,6 +129,7 @@ class _RunView(io.TextIOBase):
         self._log = log
         self._rest = ""
         self._error = ""
+        self.is_interrupted = False
         self.outputs: dict[tuple[str, str], Reference] = {}
         self._tasks: dict[str, Any] = {}
         self._told: dict[str, float] = {}
@@ -129,6 +173,7 @@ class _RunView(io.TextIOBase):
     def _show(self, event: dict[str, Any]) -> None:
         if event["event"] == "error":
             self._error = f"{event['stage']}: {event['type']}: {event['message']}"
+            self.is_interrupted = event["type"] == Interrupted.__name__
         elif event["event"] == "output":
             reference = Reference.parse(event["reference"])
             self.outputs[event["stage"], reference.name] = reference

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 
+import psutil
 import pytest
 import yaml
 
@@ -67,6 +68,45 @@ def test_run_goes_on_where_it_failed_and_ends_with_the_numbers(folder, store):
         assert word in done.stdout
     html = next((folder / ".mint" / "reports").glob("tiny-*.html")).read_bytes()
     assert html == store.read_bytes(store.resolve("report/tiny"), "report.html")
+
+
+def run_until(folder: pathlib.Path, sign: str) -> tuple[int, str]:
+    """Run the recipe for long, send SIGTERM at the first line that holds `sign`: the exit code and all that was told.
+
+    Whatever the run had started is gone by then.
+    """
+    changes = ("name=stopped", "alignment.epochs=500", "alignment.early_stop_patience=999")
+    command = [sys.executable, "-m", "pipelines.cli", "run", str(RECIPE)]
+    process = subprocess.Popen(
+        [*command, *(part for change in changes for part in ("--set", change))],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    printed: list[str] = []
+    descendants: list[psutil.Process] = []
+    for line in process.stdout:
+        printed.append(line)
+        if sign in line and not descendants:
+            descendants = psutil.Process(process.pid).children(recursive=True)
+            process.terminate()
+    code = process.wait()
+    assert len(descendants) > 2  # Kubeflow's shell, the step, and Ray
+    assert psutil.wait_procs(descendants, timeout=30)[1] == []
+    return code, "".join(printed)
+
+
+def test_run_told_to_stop_ends_its_step_with_a_checkpoint_and_leaves_no_process(folder, store):
+    code, printed = run_until(folder, "alignment: stopped-")
+    assert code == os.EX_TEMPFAIL, printed
+    assert "Traceback" not in printed
+    assert "told to stop" in printed
+    assert "run the same command again to go on" in printed
+    step = re.search(r"Interrupted: .* after step (\d+) of", " ".join(printed.split()))[1]
+    assert store.list_names("student") == ["tiny-orpo", "tiny-sft"]
+    code, printed = run_until(folder, f"goes on from step {step}")
+    assert code == os.EX_TEMPFAIL, printed
 
 
 def test_unchanged_run_executes_nothing_and_says_so(folder, store):
