@@ -22,8 +22,6 @@ from mint_lib.training import on_ray
 from mint_lib.training.adapter import LoraConfig
 from mint_lib.training.settings import AlignmentConfig
 
-pytestmark = pytest.mark.xdist_group("ray")
-
 TEMPLATE = Template.load("rare_disease").with_num_answers(1)
 LABELS = [Label(id=f"OMIM:{index}", name=name) for index, name in enumerate(["Noonan", "Kabuki", "Marfan"])]
 SIGNS = ["short stature", "long eyelashes", "tall stature"]

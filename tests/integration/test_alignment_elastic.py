@@ -12,8 +12,6 @@ from ray.cluster_utils import Cluster
 
 from mint_lib.store import Store
 
-pytestmark = pytest.mark.xdist_group("ray")
-
 PATIENCE_SECONDS = 300
 
 

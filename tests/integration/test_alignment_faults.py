@@ -42,8 +42,6 @@ from mint_lib.records import Reference
 from mint_lib.store import Store
 from mint_lib.training import on_ray
 
-pytestmark = pytest.mark.xdist_group("ray")
-
 ROOT = pathlib.Path(__file__).parents[2]
 PATIENCE_SECONDS = 240
 """How long a machine that does much else may take for what a test waits for."""

@@ -29,8 +29,6 @@ from mint_lib.training.adapter import LoraConfig
 from mint_lib.training.deepspeed import restrict_checkpoint_loading
 from mint_lib.training.watch import Validation
 
-pytestmark = pytest.mark.xdist_group("ray")
-
 NUM_TRAINED, NUM_CASES = 12, 18
 COLOURS = [(220, 30, 30), (30, 30, 220), (30, 160, 30)]
 # Weights as small as these would else stay whole on every worker.

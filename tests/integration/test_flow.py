@@ -15,8 +15,6 @@ from mint_lib.records import SPLITS
 from mint_lib.report_records import EvaluationReport
 from mint_lib.store import Store
 
-pytestmark = pytest.mark.xdist_group("ray")
-
 RECIPE = pathlib.Path(__file__).parent / "recipes" / "tiny.yaml"
 
 

@@ -36,7 +36,7 @@ RECIPE = load_recipe(Path(__file__).parent / "recipes" / "tiny.yaml")
 TOKEN = secrets.token_hex(32)
 NUM_WORKERS = 2
 
-pytestmark = [pytest.mark.timeout(400), pytest.mark.xdist_group("ray")]
+pytestmark = pytest.mark.timeout(400)
 
 
 class Head(NamedTuple):

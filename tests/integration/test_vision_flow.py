@@ -10,8 +10,6 @@ import pytest
 from mint_lib.records import Case, PreferencePair, Reference
 from mint_lib.report_records import EvaluationReport
 
-pytestmark = pytest.mark.xdist_group("ray")
-
 RECIPE = pathlib.Path(__file__).parent / "recipes" / "tiny_vision.yaml"
 
 

@@ -43,4 +43,4 @@ def test_ci_runs_the_test_command_of_the_readme():
     pattern = re.search(r"sed -n '(.+)' README.md", script).group(1)
     found = subprocess.run(["sed", "-n", pattern, str(ROOT / "README.md")], capture_output=True, text=True, check=True)
     assert found.stdout.count("\n") == 1
-    assert found.stdout.rpartition("&&")[2].split()[0] == "pytest"
+    assert found.stdout.rstrip().endswith("pytest")
